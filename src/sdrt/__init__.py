@@ -1,0 +1,1 @@
+"""sdrt: Stable Diffusion v1 as ONNX and TensorRT engines, with a numpy runtime free of PyTorch."""
