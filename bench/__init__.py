@@ -1,0 +1,1 @@
+"""Measurements of sdrt against its peers, and the checkpoints that they need."""
