@@ -1,6 +1,6 @@
 """What ``bundle.json`` says, as frozen dataclasses; ``engines/README.md`` documents every field for other languages.
 
-These classes check nothing: :func:`~.manifest_parser.parse_manifest` does, and whatever is written or read passes there.
+These classes check nothing: :func:`~.manifest_parser.parse_manifest` does, and all that is written or read passes it.
 """
 
 from __future__ import annotations

@@ -1,0 +1,170 @@
+"""The place where bundles are kept, and finding one there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from ..errors import BundleError, BundleNotFoundError, InputError
+from .bundle import MANIFEST, Bundle
+from .manifest_parser import NAME
+from .publish import recover, recover_all
+
+#: Tells why this machine cannot run a bundle, or ``None`` if it can.
+Obstacle = Callable[[Bundle], str | None]
+
+
+@dataclass(frozen=True)
+class Listing:
+    """One folder of the store: either the bundle, or what is wrong with it in one line."""
+
+    name: str
+    path: Path
+    bundle: Bundle | None
+    problem: str | None
+
+
+def home() -> Path:
+    """Give the folder where sdrt keeps what it makes: ``SDRT_HOME``, or the platform's cache folder."""
+    if given := os.environ.get("SDRT_HOME"):
+        return Path(given).expanduser().absolute()
+    import platformdirs  # noqa: PLC0415 - a run with --bundle DIR does without
+
+    return Path(platformdirs.user_cache_dir("sdrt", appauthor=False))
+
+
+def bundles_folder() -> Path:
+    """Give the folder of the store's bundles; it may not exist yet."""
+    return home() / "bundles"
+
+
+def check_name(name: str) -> str:
+    """Return ``name`` if a bundle can be called so: letters, digits, ``.``, ``_``, ``-``, at most 100.
+
+    Raises
+    ------
+    InputError
+        It cannot.
+
+    """
+    if not NAME.fullmatch(name):
+        raise InputError(
+            f"{name[:120]!r} is no name for a bundle: take up to 100 letters, digits, '.', '_' and '-', "
+            "the first one a letter, a digit or '_'"
+        )
+    return name
+
+
+def place(name: str) -> Path:
+    """Give the folder in the store for a bundle to be built, making the store if it is not there.
+
+    Raises
+    ------
+    InputError
+        No bundle can be called so, or the store cannot be made.
+
+    """
+    folder = bundles_folder()
+    check_name(name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{folder} cannot be made ({error.strerror}): set SDRT_HOME to a folder that can be written"
+        ) from None
+    return folder / name
+
+
+def list_bundles() -> list[Listing]:
+    """List the store: whole bundles, the newest first, then broken ones by name."""
+    folder = bundles_folder()
+    try:
+        recover_all(folder)
+        paths = sorted(path for path in folder.iterdir() if not path.name.startswith(".") and path.is_dir())
+    except OSError:
+        return []
+    listings = [_list_one(path) for path in paths]
+    whole = [listing for listing in listings if listing.bundle is not None]
+    return sorted(whole, key=_age, reverse=True) + [listing for listing in listings if listing.bundle is None]
+
+
+def resolve(spec: str | os.PathLike[str] | None = None, *, obstacle: Obstacle | None = None) -> Bundle:
+    """Find and open a bundle.
+
+    Parameters
+    ----------
+    spec
+        A bundle's name in the store, or a path. What holds a separator or begins with ``.`` or ``~`` is a path; else
+        a name, and where the store has none of that name, a folder in the working directory. ``None`` takes the newest
+        bundle that this machine can run.
+    obstacle
+        Tells why this machine cannot run a bundle, or ``None`` if it can. It matters where ``spec`` is ``None`` alone:
+        what was asked for by name is opened.
+
+    Raises
+    ------
+    BundleNotFoundError
+        There is none; the message lists those that exist and says how to build one.
+    BundleCorruptError
+        There is one and it is not whole.
+    InputError
+        ``spec`` is neither a name nor a path.
+
+    """
+    if spec is None:
+        return _newest(obstacle)
+    text = os.fspath(spec)
+    if "\0" in text:
+        raise InputError("a bundle's name or path cannot hold a NUL")
+    if not isinstance(spec, str) or _is_path(text):
+        path = Path(text).expanduser()
+        recover(path.absolute())
+        return Bundle.open(path)
+    kept = bundles_folder() / check_name(text)
+    recover(kept)
+    for path in (kept, Path(text)):
+        if path.is_dir() and (path == kept or (path / MANIFEST).exists()):
+            return Bundle.open(path)
+    raise BundleNotFoundError(f"there is no bundle {text!r} in {bundles_folder()}: {_advice(list_bundles())}")
+
+
+def _is_path(text: str) -> bool:
+    return text.startswith((".", "~")) or any(mark in text for mark in (os.sep, os.altsep, "/") if mark)
+
+
+def _newest(obstacle: Obstacle | None) -> Bundle:
+    listings = list_bundles()
+    reasons = []
+    for listing in listings:
+        if listing.bundle is None:
+            continue
+        reason = obstacle(listing.bundle) if obstacle is not None else None
+        if reason is None:
+            return listing.bundle
+        reasons.append(f"{listing.name} does not run here ({reason})")
+    raise BundleNotFoundError(
+        f"there is no bundle that this machine can run in {bundles_folder()}: "
+        + ("; ".join(reasons) + ": build one with sdrt build --ckpt v1-1" if reasons else _advice(listings))
+    )
+
+
+def _advice(listings: list[Listing]) -> str:
+    whole = [listing.name for listing in listings if listing.bundle is not None]
+    broken = [f"{listing.name} (broken)" for listing in listings if listing.bundle is None]
+    held = f"there are {', '.join(whole + broken)}" if listings else "it holds none"
+    return f"{held}; build one with sdrt build --ckpt v1-1"
+
+
+def _list_one(path: Path) -> Listing:
+    try:
+        return Listing(path.name, path, Bundle.open(path), None)
+    except BundleError as error:
+        return Listing(path.name, path, None, str(error))
+
+
+def _age(listing: Listing) -> tuple[datetime, str]:
+    assert listing.bundle is not None
+    return datetime.fromisoformat(listing.bundle.manifest.created), listing.name
