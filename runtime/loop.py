@@ -1,0 +1,112 @@
+"""The denoising loop: a generator of steps, the same for every sampler."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from numpy.typing import NDArray
+
+    from .solvers import SamplerTable
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One evaluation of the network and the step that it led to.
+
+    Attributes
+    ----------
+    index
+        From 0.
+    total
+        How many there will be.
+    timestep
+        What the network was given.
+    latents
+        After the step: float32 of shape (N, 4, height / 8, width / 8), read-only; it stays valid.
+    seconds
+        What the step took, the consumer's own time not counted.
+
+    """
+
+    index: int
+    total: int
+    timestep: float
+    latents: NDArray[np.float32]
+    seconds: float
+
+
+def denoise(
+    table: SamplerTable,
+    latents: NDArray[np.float32],
+    predict: Callable[[NDArray[np.float32], float], NDArray[np.float32]],
+    draw_noise: Callable[[], NDArray[np.float32]],
+) -> Iterator[Step]:
+    """Run a sampler, yielding after each step; stop by no longer asking.
+
+    Parameters
+    ----------
+    table
+        From `samplers.sampler_table`.
+    latents
+        Unit gaussian, float32 of shape (N, 4, height / 8, width / 8). It is not written to. float64 is accepted for
+        studies of rounding, and everything is then float64.
+    predict
+        The network with its guidance: takes x, read-only, and the timestep, and returns what the model predicts, in
+        the shape of x. The array that it returns is read before it is called again and not kept, so it may be one and
+        the same each time.
+    draw_noise
+        Returns a unit gaussian in the shape of x. Called once for each row of the table that draws noise, after
+        `predict`, in order, and so as often as diffusers would draw from its generator.
+
+    Raises
+    ------
+    InputError
+        If latents, prediction or noise have another shape, or latents are not floating point.
+
+    """
+    if latents.dtype not in (np.float32, np.float64):
+        raise InputError(f"latents are of type {latents.dtype}: expected float32")
+    x = x_prev = latents * table.initial_scale
+    x.flags.writeable = False
+    depth = table.b.shape[1]
+    # m_i sits at i modulo the depth, so remembering it moves nothing.
+    history = np.zeros((depth, *x.shape), x.dtype)
+    scratch = np.empty_like(x)
+
+    def add(total: NDArray[np.float32], coefficient: float, term: NDArray[np.float32]) -> None:
+        if coefficient:
+            np.multiply(term, coefficient, out=scratch, casting="same_kind")
+            np.add(total, scratch, out=total)
+
+    # Plain floats, which leave the arithmetic in the latents' precision where numpy's float64 would widen it.
+    p, q, a, a_prev, b, c = (part.tolist() for part in (table.p, table.q, table.a, table.a_prev, table.b, table.c))
+    for index, timestep in enumerate(table.timesteps.tolist()):
+        began = time.perf_counter()
+        output = _shaped("the prediction", predict(x, timestep), x.shape)
+        m = history[index % depth]
+        np.multiply(output, q[index], out=m, casting="same_kind")
+        add(m, p[index], x)
+        x_next = x * a[index]
+        add(x_next, a_prev[index], x_prev)
+        for back, weight in enumerate(b[index][: index + 1]):
+            add(x_next, weight, history[(index - back) % depth])
+        if table.draws_noise[index]:
+            add(x_next, c[index], _shaped("the noise", draw_noise(), x.shape))
+        x_next.flags.writeable = False
+        x_prev, x = x, x_next
+        yield Step(index, len(table), timestep, x, time.perf_counter() - began)
+
+
+def _shaped(what: str, array: NDArray[np.float32], shape: tuple[int, ...]) -> NDArray[np.float32]:
+    if array.shape != shape:
+        raise InputError(f"{what} has the shape {array.shape}: expected {shape}, that of the latents")
+    return array
