@@ -68,7 +68,10 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         The manifest would not be read again: a field is out of its range.
 
     """
-    text = manifest.to_json()
+    try:
+        text = manifest.to_json()
+    except ValueError:
+        raise BundleCorruptError(f"{MANIFEST} cannot hold a figure that is not a number: measure it again") from None
     parse_manifest(text)
     (folder / MANIFEST).write_text(text, encoding="ascii", newline="\n")
 
@@ -110,18 +113,9 @@ class Bundle:
             found = "a file" if folder.exists() else "not there"
             raise BundleNotFoundError(f"{folder} is {found}, expected a bundle's folder: run sdrt list to see bundles")
         try:
-            with _inside(folder, MANIFEST).open("rb") as file:
-                text = file.read(_LARGEST_MANIFEST + 1)
-        except OSError as error:
-            raise BundleCorruptError(
-                f"{folder} is no whole bundle: {MANIFEST} cannot be read ({error.strerror}): copy or build it again"
-            ) from None
-        if len(text) > _LARGEST_MANIFEST:
-            raise BundleCorruptError(f"{folder / MANIFEST} is above {_LARGEST_MANIFEST} bytes: it is no manifest")
-        try:
-            return cls(folder, parse_manifest(text))
+            return cls(folder, parse_manifest(_manifest_text(folder)))
         except BundleCorruptError as error:
-            raise BundleCorruptError(f"{folder}: {error}") from None
+            raise BundleCorruptError(f"{folder} is no whole bundle: {error}: copy or build it again") from None
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Self:
@@ -260,6 +254,20 @@ def _inside(folder: Path, path: str) -> Path:
     if not resolved.is_relative_to(folder):
         raise BundleCorruptError(f"{path} is a link out of the bundle, to {resolved}")
     return resolved
+
+
+def _manifest_text(folder: Path) -> bytes:
+    path = _inside(folder, MANIFEST)
+    if path.exists() and not path.is_file():  # a pipe would block for ever
+        raise BundleCorruptError(f"{MANIFEST} is not a file")
+    try:
+        with path.open("rb") as file:
+            text = file.read(_LARGEST_MANIFEST + 1)
+    except OSError as error:
+        raise BundleCorruptError(f"{MANIFEST} cannot be read ({error.strerror})") from None
+    if len(text) > _LARGEST_MANIFEST:
+        raise BundleCorruptError(f"{MANIFEST} has over {_LARGEST_MANIFEST} bytes, far more than any manifest")
+    return text
 
 
 def _walk(folder: Path) -> Iterator[str]:

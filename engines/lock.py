@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-# One that is cleaning up after a dead process holds the lock for a moment; that is no reason to refuse.
-_GRACE_S = 0.5
+#: One that is cleaning up after a dead process holds the lock for a moment; that is no reason to refuse.
+GRACE_S = 0.5
 _POLL_S = 0.05
 
 if sys.platform == "win32":
@@ -47,7 +47,7 @@ else:
 
 
 @contextmanager
-def locked(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
+def locked(path: Path, what: str, *, patience_s: float = GRACE_S) -> Iterator[None]:
     """Hold an exclusive lock; the file is removed at the end, so that nothing is left beside the bundle.
 
     Parameters
@@ -56,8 +56,8 @@ def locked(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
         The lock's file; it is made if it is not there.
     what
         What is locked, for the message.
-    wait
-        Wait for as long as it takes, rather than refusing.
+    patience_s
+        Seconds to wait for the holder before refusing; ``math.inf`` waits for as long as it takes.
 
     Raises
     ------
@@ -67,9 +67,9 @@ def locked(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
         The file cannot be made, or the file system has no locks.
 
     """
-    refuse_at = time.monotonic() + _GRACE_S
+    refuse_at = time.monotonic() + patience_s
     while (descriptor := _try_open_locked(path)) is None:
-        if not wait and time.monotonic() > refuse_at:
+        if time.monotonic() >= refuse_at:
             raise BundleBusyError(f"{what} is being built {_holder(path)}: wait for it to end, or stop it")
         time.sleep(_POLL_S)
     try:

@@ -187,7 +187,8 @@ class Manifest:
 
     def __post_init__(self) -> None:
         """Freeze the two mappings."""
-        object.__setattr__(self, "scheduler", MappingProxyType(dict(self.scheduler)))
+        scheduler = {key: tuple(value) if isinstance(value, list) else value for key, value in self.scheduler.items()}
+        object.__setattr__(self, "scheduler", MappingProxyType(scheduler))
         object.__setattr__(self, "tools", MappingProxyType(dict(self.tools)))
 
     @property
@@ -213,5 +214,8 @@ def _plain(value: Any) -> Any:
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
+    if isinstance(value, str) and not value.isprintable():
+        # the command line may hold any bytes, and readers refuse what could not be shown
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in value)
     # JSON has no infinity; only the PSNR of equal outputs can be infinite
     return None if value == math.inf else value

@@ -14,6 +14,7 @@ are no names of bundles.
 from __future__ import annotations
 
 import errno
+import math
 import os
 import re
 import shutil
@@ -21,13 +22,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import BundleBusyError, BundleError, BundleExistsError, DiskSpaceError, InputError
+from ..errors import BundleBusyError, BundleError, BundleExistsError, DiskSpaceError, InputError, SdrtError
 from .bundle import MANIFEST, Bundle
-from .lock import locked
+from .lock import GRACE_S, locked
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+_NOTHING_FREE = 2**20
 _SCRATCH = re.compile(r"\.(?P<name>.+)\.sdrt-(building|old|lock)", re.DOTALL)
 
 
@@ -71,8 +73,8 @@ def publishing(
 
     """
     target = _checked(Path(target))
-    with _lock(target, wait=wait):
-        _clean_store(target.parent)
+    with _lock(target, patience_s=math.inf if wait else GRACE_S):
+        _clean_store(target)
         _settle(target)
         _refuse_existing(target, force=force)
         _check_space(target, expected_bytes)
@@ -83,7 +85,7 @@ def publishing(
             Bundle.open(building)
             _put_in_place(building, target)
         except Exception as error:
-            if _is_disk_full(error) and not isinstance(error, DiskSpaceError):
+            if _ran_full(error, target.parent):
                 raise DiskSpaceError(_full(building, expected_bytes)) from error
             raise
         finally:
@@ -95,20 +97,16 @@ def recover(target: Path) -> None:
 
     There is nothing to do but in the very moment between two renames, and nothing is done where it cannot be.
     """
-    if _old(target).exists() and not target.exists():
-        with suppress(BundleBusyError, InputError, OSError), _lock(target):
-            _settle(target)
+    with suppress(BundleBusyError, InputError, OSError, ValueError):
+        if _old(target).exists() and not target.exists():
+            with _lock(target):
+                _settle(target)
 
 
 def recover_all(folder: Path) -> None:
     """Call :func:`recover` for all bundles of a folder."""
     for name in _scratch_names(folder):
         recover(folder / name)
-
-
-def is_scratch(path: Path) -> bool:
-    """Tell whether a path is one that builds use for themselves."""
-    return _SCRATCH.fullmatch(path.name) is not None
 
 
 def _building(target: Path) -> Path:
@@ -120,10 +118,10 @@ def _old(target: Path) -> Path:
 
 
 @contextmanager
-def _lock(target: Path, *, wait: bool = False) -> Iterator[None]:
+def _lock(target: Path, *, patience_s: float = GRACE_S) -> Iterator[None]:
     entered = False
     try:
-        with locked(target.with_name(f".{target.name}.sdrt-lock"), str(target), wait=wait):
+        with locked(target.with_name(f".{target.name}.sdrt-lock"), str(target), patience_s=patience_s):
             entered = True
             yield
     except OSError as error:
@@ -147,13 +145,13 @@ def _checked(target: Path) -> Path:
         parent_is_folder, is_link = full.parent.is_dir(), full.is_symlink()
     except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links, a NUL
         raise InputError(f"{os.fspath(target)!r} cannot be a bundle's folder: {error}") from None
-    if not full.name or is_scratch(full):
-        raise InputError(f"{full} cannot be a bundle's folder: choose another name")
+    if not full.name or "\0" in full.name or _SCRATCH.fullmatch(full.name):
+        raise InputError(f"{str(full)!r} cannot be a bundle's folder: choose another name")
     if not parent_is_folder:
         found = "is not a folder" if full.parent.exists() else "does not exist"
         raise InputError(f"{full.parent} {found}, expected a folder to put {full.name} in: make it first")
     if is_link:
-        raise InputError(f"{full} is a link, expected a folder or nothing: name the folder that it leads to")
+        raise InputError(f"{full} is a link, expected a folder or nothing: give the folder that it leads to")
     return full
 
 
@@ -183,13 +181,15 @@ def _check_space(target: Path, expected: int | None) -> None:
 def _make(building: Path) -> None:
     try:
         building.mkdir()
+    except FileExistsError:
+        raise InputError(f"{building} is left of a build that was killed and cannot be removed: remove it") from None
     except OSError as error:
         raise _unwritable(building.parent, error) from None
 
 
 def _put_in_place(building: Path, target: Path) -> None:
-    _sync_tree(building)
     try:
+        _sync_tree(building)
         if target.exists():
             if any(target.iterdir()):
                 target.rename(_old(target))
@@ -197,7 +197,9 @@ def _put_in_place(building: Path, target: Path) -> None:
                 target.rmdir()
         building.rename(target)
     except OSError as error:
-        raise BundleError(f"{target} could not be put in its place ({error.strerror}): is it in use?") from error
+        raise BundleError(
+            f"{target} could not be put in its place ({error.strerror}): see that nothing uses it, and build again"
+        ) from error
     _sync_folder(target.parent)
 
 
@@ -216,15 +218,25 @@ def _settle(target: Path) -> None:
     shutil.rmtree(building, ignore_errors=True)
 
 
-def _clean_store(folder: Path) -> None:
-    """Settle what killed builds of other bundles left; the lock of a living one is taken."""
-    for name in _scratch_names(folder):
-        with suppress(BundleBusyError, InputError, OSError), _lock(folder / name):
-            _settle(folder / name)
+def _clean_store(target: Path) -> None:
+    """Settle what killed builds of other bundles left beside this one; the lock of a living one is taken."""
+    with suppress(OSError):  # a folder may be writable and not readable
+        for name in _scratch_names(target.parent) - {target.name}:
+            other = target.with_name(name)
+            with suppress(BundleBusyError, InputError, OSError), _lock(other, patience_s=0):
+                _settle(other)
 
 
 def _scratch_names(folder: Path) -> set[str]:
-    return {match["name"] for path in folder.iterdir() if (match := _SCRATCH.fullmatch(path.name))}
+    return {match["name"] for name in os.listdir(folder) if (match := _SCRATCH.fullmatch(name))}  # noqa: PTH208 - names
+
+
+def _ran_full(error: Exception, folder: Path) -> bool:
+    if isinstance(error, DiskSpaceError):
+        return False
+    # libraries that write through C report a failed write without its cause
+    silent = not isinstance(error, SdrtError) and shutil.disk_usage(folder).free < _NOTHING_FREE
+    return silent or _is_disk_full(error)
 
 
 def _is_disk_full(error: BaseException | None) -> bool:

@@ -79,13 +79,22 @@ def place(name: str) -> Path:
 
 
 def list_bundles() -> list[Listing]:
-    """List the store: whole bundles, the newest first, then broken ones by name."""
+    """List the store: whole bundles, the newest first, then broken ones by name.
+
+    Raises
+    ------
+    InputError
+        The store is there and may not be read.
+
+    """
     folder = bundles_folder()
     try:
         recover_all(folder)
         paths = sorted(path for path in folder.iterdir() if not path.name.startswith(".") and path.is_dir())
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
+    except OSError as error:
+        raise InputError(f"{folder} cannot be read ({error.strerror}): change its permissions or SDRT_HOME") from None
     listings = [_list_one(path) for path in paths]
     whole = [listing for listing in listings if listing.bundle is not None]
     return sorted(whole, key=_age, reverse=True) + [listing for listing in listings if listing.bundle is None]
@@ -120,7 +129,10 @@ def resolve(spec: str | os.PathLike[str] | None = None, *, obstacle: Obstacle | 
     if "\0" in text:
         raise InputError("a bundle's name or path cannot hold a NUL")
     if not isinstance(spec, str) or _is_path(text):
-        path = Path(text).expanduser()
+        try:
+            path = Path(text).expanduser()
+        except RuntimeError as error:
+            raise BundleNotFoundError(f"there is no bundle at {text!r}: {error}") from None
         recover(path.absolute())
         return Bundle.open(path)
     kept = bundles_folder() / check_name(text)
