@@ -267,6 +267,27 @@ def test_two_threads_of_one_process_do_not_build_one_bundle(tmp_path: Path) -> N
 
 
 @posix_only
+def test_a_lock_that_its_holder_removed_is_taken_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "lock"
+    try_lock = lock._try_lock
+    opened = 0
+
+    def late(descriptor: int) -> bool:
+        nonlocal opened
+        opened += 1
+        if opened == 1:  # the holder ends between our opening the file and our locking it
+            path.unlink()
+        return try_lock(descriptor)
+
+    monkeypatch.setattr(lock, "_try_lock", late)
+    with lock.locked(path, "it"):
+        assert path.exists()
+        with pytest.raises(BundleBusyError), lock.locked(path, "it", patience_s=0):
+            pass
+    assert not path.exists()
+
+
+@posix_only
 def test_many_at_once_end_with_one_whole_bundle(tmp_path: Path) -> None:
     outcomes: list[str] = []
 
@@ -347,6 +368,7 @@ def test_a_crash_at_any_point_leaves_the_old_or_the_new_bundle(
     old: bytes | None,
 ) -> None:
     outcomes: list[bytes | None] = []
+    between_two_renames = 0
     with publisher() as process:
         for at in range(500):
             monkeypatch.setenv("SDRT_HOME", str(tmp_path / str(at)))
@@ -358,11 +380,16 @@ def test_a_crash_at_any_point_leaves_the_old_or_the_new_bundle(
                 break
             assert status == -signal.SIGKILL
             assert set(visible(target.parent)) <= {"v1"}
+            aside = target.with_name(".v1.sdrt-old")
+            if aside.exists():
+                Bundle.open(aside).verify()
+            between_two_renames += aside.exists() and not target.exists()
             then(target, process, old)
             outcomes.append(content(target) if target.exists() else None)
             if target.exists():
                 Bundle.open(target).verify()
     assert 30 < at < 499
+    assert between_two_renames == (1 if old is not None else 0)
     if then is build_next:
         assert set(outcomes) == {b"third"}
     elif then is crash_again:
