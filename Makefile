@@ -45,5 +45,5 @@ $(READY): pyproject.toml constraints.txt src/sdrt/_version.py
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("sdrt needs Python 3.11 or later, and $(PYTHON) is " + sys.version.split()[0] + ": run make PYTHON=python3.11")'
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@echo "Installing sdrt with its tools into $(VENV): PyTorch is among them, so the first time takes minutes"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,export,test,dev]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[cpu,export,test,dev]'
 	@touch $@
