@@ -84,16 +84,17 @@ def denoise(
 
     def add(total: NDArray[np.float32], coefficient: float, term: NDArray[np.float32]) -> None:
         if coefficient:
-            np.multiply(term, coefficient, out=scratch, casting="same_kind")
+            np.multiply(term, coefficient, out=scratch, dtype=x.dtype, casting="same_kind")
             np.add(total, scratch, out=total)
 
-    # Plain floats, which leave the arithmetic in the latents' precision where numpy's float64 would widen it.
+    # Plain floats, and the type named in `add`: in the latents' precision, neither widened by numpy's float64 nor
+    # narrowed by a prediction in float16.
     p, q, a, a_prev, b, c = (part.tolist() for part in (table.p, table.q, table.a, table.a_prev, table.b, table.c))
     for index, timestep in enumerate(table.timesteps.tolist()):
         began = time.perf_counter()
         output = _shaped("the prediction", predict(x, timestep), x.shape)
         m = history[index % depth]
-        np.multiply(output, q[index], out=m, casting="same_kind")
+        np.multiply(output, q[index], out=m, dtype=x.dtype, casting="same_kind")
         add(m, p[index], x)
         x_next = x * a[index]
         add(x_next, a_prev[index], x_prev)

@@ -34,14 +34,15 @@ def _linear(start: float, end: float, count: int) -> NDArray[np.float64]:
 
 def _scaled_linear(start: float, end: float, count: int) -> NDArray[np.float64]:
     """Linear in sqrt(beta). Rombach et al. 2022, arXiv:2112.10752."""
-    roots = np.linspace(math.sqrt(start), math.sqrt(end), count)
+    roots: NDArray[np.float64] = np.linspace(math.sqrt(start), math.sqrt(end), count)
     return roots * roots
 
 
 def _cosine(_start: float, _end: float, count: int) -> NDArray[np.float64]:
     """Squared cosine in alphas_cumprod, each beta at most 0.999. Nichol & Dhariwal 2021, arXiv:2102.09672."""
     alphas_cumprod = np.cos((np.arange(count + 1) / count + 0.008) / 1.008 * math.pi / 2) ** 2
-    return np.minimum(1 - alphas_cumprod[1:] / alphas_cumprod[:-1], _MAX_BETA)
+    steps: NDArray[np.float64] = 1 - alphas_cumprod[1:] / alphas_cumprod[:-1]
+    return steps.clip(max=_MAX_BETA)
 
 
 def _sigmoid(start: float, end: float, count: int) -> NDArray[np.float64]:
