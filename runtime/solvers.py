@@ -2,7 +2,8 @@
 
 Everything is in the variance-preserving space of `schedule`: x = alpha x_0 + sigma eps with alpha**2 + sigma**2 = 1, so
 that x is what the network takes. Samplers that the literature writes in noise over signal, s = sigma / alpha, and in
-x_s = x / alpha are rewritten; diffusers' Euler latents are x_s, these are x, and both agree once no noise is left.
+x_s = x / alpha are rewritten: between steps diffusers' Euler latents are these times sqrt(s**2 + 1), with s that of the
+next evaluation, and after the last step, where s is 0, they are the same.
 """
 
 from __future__ import annotations

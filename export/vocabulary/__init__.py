@@ -63,7 +63,7 @@ def write_tokenizer(path: Path) -> None:
         If it cannot be written.
 
     """
-    path.write_text(json.dumps(_tokenizer(), ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8")
+    path.write_bytes(json.dumps(_tokenizer(), ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
 
 
 def _tokenizer() -> dict[str, Any]:
