@@ -5,7 +5,8 @@ import dataclasses
 import json
 import os
 import sys
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -17,9 +18,6 @@ from sdrt.engines.manifest_parser import parse_manifest
 from sdrt.errors import BundleCorruptError, BundleNotFoundError
 
 from .example import fill
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 ZEROS = "0" * 64
 
@@ -73,6 +71,14 @@ def test_the_manifest_cannot_be_changed(folder: Path) -> None:
 def test_keys_stand_in_the_documented_order(document: dict[str, Any]) -> None:
     expected = [field.name for field in dataclasses.fields(Manifest)]
     assert list(document) == ["schema_version", *expected[:-1]]
+
+
+def test_the_readme_documents_every_field(document: dict[str, Any]) -> None:
+    text = (Path(__file__).parents[2] / "engines" / "README.md").read_text(encoding="utf-8")
+    optional = {"trained_betas", "steps", *document["tools"]}
+    keys = {key for path in paths_of(document) for key in path if isinstance(key, str)}
+    assert "sha256" in keys
+    assert {key for key in keys - optional if f"`{key}`" not in text} == set()
 
 
 @pytest.mark.parametrize("field", [*(field.name for field in dataclasses.fields(Manifest)), "components/1/files"])
