@@ -11,7 +11,7 @@ import numpy as np
 from ..errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Generator
 
     from numpy.typing import NDArray
 
@@ -49,8 +49,10 @@ def denoise(
     latents: NDArray[np.float32],
     predict: Callable[[NDArray[np.float32], float], NDArray[np.float32]],
     draw_noise: Callable[[], NDArray[np.float32]],
-) -> Iterator[Step]:
+) -> Generator[Step, NDArray[np.float32] | None]:
     """Run a sampler, yielding after each step; stop by no longer asking.
+
+    What is sent to the generator, if anything, takes the place of the latents that it yielded.
 
     Parameters
     ----------
@@ -104,7 +106,10 @@ def denoise(
             add(x_next, c[index], _shaped("the noise", draw_noise(), x.shape))
         x_next.flags.writeable = False
         x_prev, x = x, x_next
-        yield Step(index, len(table), timestep, x, time.perf_counter() - began)
+        replacement = yield Step(index, len(table), timestep, x, time.perf_counter() - began)
+        if replacement is not None:
+            x = _shaped("the replacement", replacement, x.shape).astype(x.dtype)
+            x.flags.writeable = False
 
 
 def _shaped(what: str, array: NDArray[np.float32], shape: tuple[int, ...]) -> NDArray[np.float32]:

@@ -148,6 +148,20 @@ def test_noise_is_drawn_once_a_row_that_draws(sampler: str, draws: int) -> None:
     assert count == 1 + draws
 
 
+def test_what_is_sent_takes_the_place_of_the_latents() -> None:
+    table = sampler_table("euler", Schedule(), 3)
+    loop = denoise(table, batch_noise([0], SHAPE[1:])(), predict, no_noise)
+    first = next(loop)
+    sent: Array = np.full(first.latents.shape, 0.25, np.float64)
+    second = loop.send(sent)
+    sent[...] = 9
+    expected = table.a[1] * 0.25 + table.b[1, 0] * (table.p[1] * 0.25 + table.q[1] * predict(0.25, table.timesteps[1]))
+    np.testing.assert_allclose(second.latents, expected, rtol=1e-5)
+    assert second.latents.dtype == np.float32
+    with pytest.raises(InputError, match="the replacement has the shape"):
+        loop.send(np.zeros((1, 4, 1, 1), np.float32))
+
+
 def test_work_is_done_only_when_it_is_asked_for() -> None:
     calls = []
 
