@@ -129,11 +129,15 @@ class Backend:
 
 @dataclass(frozen=True)
 class Latent:
-    """The latent space: channels, image pixels to a latent pixel, and the factor that gives latents unit variance."""
+    """The latent space: channels, image pixels to a latent pixel, and the factor that gives latents unit variance.
+
+    ``sample_size`` is the height and width, in latent pixels, of the pictures that the model was trained on.
+    """
 
     channels: int = 4
     scale_factor: int = 8
     scaling_factor: float = 0.18215
+    sample_size: int = 64
 
 
 @dataclass(frozen=True)

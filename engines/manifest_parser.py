@@ -270,6 +270,7 @@ def _latent(node: _Node) -> Latent:
         channels=node["channels"].integer(minimum=1),
         scale_factor=node["scale_factor"].integer(minimum=1),
         scaling_factor=node["scaling_factor"].positive(),
+        sample_size=node["sample_size"].integer(minimum=1),
     )
 
 

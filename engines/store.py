@@ -123,8 +123,20 @@ def resolve(spec: str | os.PathLike[str] | None = None, *, obstacle: Obstacle | 
         ``spec`` is neither a name nor a path.
 
     """
-    if spec is None:
-        return _newest(obstacle)
+    return _newest(obstacle) if spec is None else Bundle.open(locate(spec))
+
+
+def locate(spec: str | os.PathLike[str]) -> Path:
+    """Find a bundle's folder by its name or path, as :func:`resolve` does, and do not open it.
+
+    Raises
+    ------
+    BundleNotFoundError
+        The store has none of that name; a path is not looked at.
+    InputError
+        ``spec`` is neither a name nor a path.
+
+    """
     text = os.fspath(spec)
     if "\0" in text:
         raise InputError("a bundle's name or path cannot hold a NUL")
@@ -134,12 +146,12 @@ def resolve(spec: str | os.PathLike[str] | None = None, *, obstacle: Obstacle | 
         except RuntimeError as error:
             raise BundleNotFoundError(f"there is no bundle at {text!r}: {error}") from None
         recover(path.absolute())
-        return Bundle.open(path)
+        return path
     kept = bundles_folder() / check_name(text)
     recover(kept)
     for path in (kept, Path(text)):
         if path.is_dir() and (path == kept or (path / MANIFEST).exists()):
-            return Bundle.open(path)
+            return path
     raise BundleNotFoundError(f"there is no bundle {text!r} in {bundles_folder()}: {_advice(list_bundles())}")
 
 

@@ -3,7 +3,7 @@
 ::
 
     SdrtError
-    ├── InputError             (ValueError)         an argument or option that makes no sense; the command line exits with 2
+    ├── InputError             (ValueError)         an argument or option that makes no sense; exit code 2
     ├── CheckpointError        (ValueError)         a checkpoint that is damaged or is not Stable Diffusion v1
     │   └── UnsafeCheckpointError                   a checkpoint that would run code, or ask for absurd memory
     ├── DownloadError          (OSError)            a model hub that did not answer, or lacks the file

@@ -1,0 +1,69 @@
+"""Remembering which files were verified, so that gigabytes are hashed once and not at every start.
+
+A file counts as unchanged while its size, inode, modification and change times are what they were when its SHA-256 was
+found right: the comparison that git makes for its index.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from typing import TYPE_CHECKING
+
+from .store import home
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from .bundle import Bundle, Progress
+
+Stamp = list[int | str]
+
+
+def verify_once(bundle: Bundle, component: str, progress: Progress | None = None) -> None:
+    """Check the SHA-256 of a component's files, unless they were found right before and have not changed since.
+
+    Parameters
+    ----------
+    bundle, component
+        What is about to be loaded.
+    progress
+        Called with the bytes of each piece hashed.
+
+    Raises
+    ------
+    BundleCorruptError
+        Names every file that is not as it was built.
+
+    """
+    note = home() / "verified" / f"{hashlib.sha256(os.fsencode(bundle.folder)).hexdigest()[:32]}.json"
+    known = _read(note)
+    stamps = {entry.path: _stamp(bundle.path(entry), entry.sha256) for entry in bundle.component(component).files}
+    if all(known.get(path) == stamp for path, stamp in stamps.items()):
+        return
+    bundle.verify_component(component, progress)
+    _write(note, known | stamps)
+
+
+def _stamp(file: Path, sha256: str) -> Stamp:
+    found = file.stat()
+    return [sha256, found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns]
+
+
+def _read(note: Path) -> dict[str, Stamp]:
+    try:
+        known = json.loads(note.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _write(note: Path, stamps: dict[str, Stamp]) -> None:
+    # Not being able to remember costs time at the next start and nothing else.
+    with contextlib.suppress(OSError):
+        note.parent.mkdir(parents=True, exist_ok=True)
+        draft = note.with_suffix(f".{os.getpid()}")
+        draft.write_text(json.dumps(stamps), encoding="ascii")
+        draft.replace(note)

@@ -1,0 +1,182 @@
+"""How true a traced graph is: onnxruntime on the graph against diffusers and transformers on the checkpoint."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ..engines.manifest import Parity, Precision
+from ..errors import ExportError
+from .modules import load_model
+from .trace import examples
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from .checkpoint import Checkpoint
+    from .trace import Signature
+
+THRESHOLDS: Mapping[Precision, float] = {"fp32": 1e-4, "fp16": 2e-2}
+"""The largest relative L2 error that a graph may have in each precision.
+
+float32 differs by the order of summation alone, 1e-6 or so; in float16 each layer rounds to 11 bits, which adds up to a
+few thousandths over the depth of the network. What passes these bounds was not traced rightly or overflowed.
+"""
+
+# One size with odd sides, which come down unevenly in the U-Net, and one that is not square.
+_SIZES = ({"batch": 2, "height": 16, "width": 24}, {"batch": 1, "height": 13, "width": 9})
+_SEED = 20221
+_ROOM = 8192.0
+"""A quarter of what float16 holds, halved: random latents do not find the largest activation there is."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs of a component, and what the original network makes of them.
+
+    Attributes
+    ----------
+    inputs, outputs
+        Tensors in the order of the component's signature.
+
+    """
+
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+
+
+def text_cases(checkpoint: Checkpoint, signature: Signature) -> list[Case]:
+    """Run transformers' text encoder, with and without its last layer."""
+    model: Any = load_model("text_encoder", checkpoint.text_encoder).float()
+    cases = []
+    for clip_skip in (0, 1):
+        ids, _ = _draw(checkpoint, signature, _SIZES[0])
+        states = model(ids, output_hidden_states=True).hidden_states
+        expected = model.final_layer_norm(states[-1 - clip_skip])
+        cases.append(Case((ids, torch.tensor([clip_skip])), (expected,)))
+    return cases
+
+
+def unet_cases(checkpoint: Checkpoint, signature: Signature) -> list[Case]:
+    """Run diffusers' U-Net."""
+    model: Any = load_model("unet", checkpoint.unet).float()
+    cases = []
+    for sizes in _SIZES:
+        latents, timestep, embeddings = _draw(checkpoint, signature, sizes)
+        cases.append(Case((latents, timestep, embeddings), (model(latents, timestep, embeddings).sample,)))
+    return cases
+
+
+def autoencoder_cases(
+    checkpoint: Checkpoint, decoder: Signature, encoder: Signature
+) -> tuple[list[Case], list[Case], float]:
+    """Run diffusers' autoencoder both ways.
+
+    Returns
+    -------
+    tuple
+        The decoder's cases, the encoder's, and the power of two that keeps every activation within float16, for
+        `.modules.scale_stream`.
+
+    """
+    model: Any = load_model("vae", checkpoint.vae).float()
+    factor = float(model.config["scaling_factor"])
+    peak = 0.0
+
+    def watch(_module: object, _inputs: object, output: Any) -> None:
+        nonlocal peak
+        if isinstance(output, torch.Tensor):
+            peak = max(peak, float(output.abs().max()))
+
+    for module in model.modules():
+        module.register_forward_hook(watch)
+    decoded, encoded = [], []
+    for sizes in _SIZES:
+        (latents,) = _draw(checkpoint, decoder, sizes)
+        decoded.append(Case((latents,), (model.decode(latents / factor).sample,)))
+        (image,) = _draw(checkpoint, encoder, sizes)
+        moments = model.encode(image).latent_dist
+        encoded.append(Case((image,), (moments.mean * factor, moments.std * factor)))
+    scale = 1.0 if peak <= _ROOM else 2.0 ** -math.ceil(math.log2(peak / _ROOM))
+    return decoded, encoded, scale
+
+
+def _draw(checkpoint: Checkpoint, signature: Signature, sizes: dict[str, int]) -> tuple[Tensor, ...]:
+    return examples(signature.inputs, sizes, checkpoint.text_encoder.config["vocab_size"], _SEED)
+
+
+def measure(component: str, graph: Path, signature: Signature, cases: list[Case], precision: Precision) -> Parity:
+    """Run a graph in onnxruntime on the CPU and compare.
+
+    Parameters
+    ----------
+    component
+        The component's name, for messages.
+    graph
+        The ``.onnx`` file.
+    signature
+        Its inputs and outputs.
+    cases
+        What to run, and what to expect.
+    precision
+        Of the graph; it decides the threshold.
+
+    Returns
+    -------
+    Parity
+        The worst of all cases by each figure.
+
+    Raises
+    ------
+    ExportError
+        The relative L2 error is beyond the threshold, or the output is not finite.
+
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    # The arena would keep the memory of the largest case on top of the weights.
+    options.enable_cpu_mem_arena = False
+    session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    worst = Parity(0.0, 0.0, math.inf, "relative_l2", THRESHOLDS[precision], f"torch {torch.__version__} fp32")
+    for case in cases:
+        feeds = {spec.name: value.numpy() for spec, value in zip(signature.inputs, case.inputs, strict=True)}
+        for found, expected in zip(session.run(None, feeds), case.outputs, strict=True):
+            worst = _worse(worst, *_errors(found, expected.numpy()))
+    if not worst.relative_l2 <= worst.threshold:
+        raise ExportError(
+            f"the {component} graph strays from torch by {worst.relative_l2:.2e} (relative L2), expected at most "
+            f"{worst.threshold:.0e} in {precision}: "
+            + ("build with --precision fp32" if precision == "fp16" else "check the versions of torch and onnxruntime")
+        )
+    return worst
+
+
+def _errors(found: np.ndarray, expected: np.ndarray) -> tuple[float, float, float]:
+    """Give the largest absolute error, the relative L2 error and the PSNR in dB; NaN where the output has one."""
+    difference = found.astype(np.float64) - expected
+    square = float(np.mean(difference**2))
+    peak = float(np.ptp(expected))
+    relative = math.sqrt(square / float(np.mean(expected.astype(np.float64) ** 2)))
+    psnr = 10 * math.log10(peak**2 / square) if square else math.inf
+    return float(np.abs(difference).max()), relative, psnr
+
+
+def _worse(parity: Parity, max_abs: float, relative_l2: float, psnr: float) -> Parity:
+    # numpy's maximum keeps a NaN, Python's would lose it
+    return Parity(
+        float(np.maximum(parity.max_abs, max_abs)),
+        float(np.maximum(parity.relative_l2, relative_l2)),
+        float(np.minimum(parity.psnr, psnr)),
+        parity.metric,
+        parity.threshold,
+        parity.reference,
+    )

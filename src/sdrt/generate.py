@@ -1,0 +1,135 @@
+"""`sdrt run`: a prompt to files."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import progress
+from .errors import InputError
+from .runtime.images import save_png
+from .runtime.pipeline import load
+from .runtime.request import make_request
+
+if TYPE_CHECKING:
+    from .runtime.request import Request
+
+_SLUG_LENGTH = 48
+
+
+def generate(
+    prompt: str,
+    bundle: str | None,
+    output: Path | None,
+    *,
+    negative_prompt: str,
+    steps: int,
+    cfg_scale: float,
+    sampler: str,
+    eta: float,
+    spacing: str | None,
+    seed: int | None,
+    width: int | None,
+    height: int | None,
+    batch: int,
+    clip_skip: int | None,
+) -> dict[str, Any]:
+    """Generate images and save them; the arguments are those of the command line.
+
+    Returns
+    -------
+    dict
+        What was made, where it is, and how long it took in seconds.
+
+    """
+    _check_output(output)
+    began = time.perf_counter()
+    with load(bundle) as pipe:
+        request = make_request(
+            pipe.bundle.manifest,
+            prompt,
+            negative_prompt=negative_prompt,
+            num_inference_steps=steps,
+            guidance_scale=cfg_scale,
+            seed=seed,
+            height=height,
+            width=width,
+            num_images_per_prompt=batch,
+            sampler=sampler,
+            eta=eta,
+            timestep_spacing=spacing,
+            clip_skip=clip_skip,
+        )
+        paths = _paths(output, request)
+        first = time.perf_counter()
+        durations = []
+        with progress.steps_bar(len(request.table)) as count:
+            for step in pipe.run(request):
+                durations.append(step.seconds)
+                latents = step.latents
+                count()
+        denoised = time.perf_counter()
+        images = pipe.pictures(request, latents)
+        decoded = time.perf_counter()
+        name, folder = pipe.bundle.name, str(pipe.bundle.folder)
+    for image, path in zip(images, paths, strict=True):
+        save_png(image, path)
+    return {
+        "bundle": name,
+        "bundle_folder": folder,
+        "prompt": prompt,
+        "negative_prompt": negative_prompt,
+        "sampler": request.sampler,
+        "steps": steps,
+        "cfg_scale": request.guidance_scale,
+        "width": request.width,
+        "height": request.height,
+        "clip_skip": request.clip_skip,
+        "images": [
+            {"path": str(path), "seed": image_seed} for path, image_seed in zip(paths, request.seeds, strict=True)
+        ],
+        "seconds": {
+            "open": first - began,
+            "prepare": denoised - first - sum(durations),
+            "denoise": sum(durations),
+            "decode": decoded - denoised,
+            "total": time.perf_counter() - began,
+        },
+        "iterations_per_second": len(durations) / sum(durations),
+    }
+
+
+def _check_output(output: Path | None) -> None:
+    """Say before minutes of work that there is no place for their result."""
+    if output is None or output.is_dir():
+        folder = output or Path()
+    else:
+        if output.suffix.lower() != ".png":
+            raise InputError(f"output is {str(output)!r}: expected a name that ends in .png, or a folder that exists")
+        folder = output.parent
+    if not folder.is_dir():
+        raise InputError(f"there is no folder {str(folder)!r} to save to: make it first, or give another path with -o")
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"{str(folder)!r} cannot be written to: change its permissions, or give another path with -o")
+
+
+def _paths(output: Path | None, request: Request) -> list[Path]:
+    """Name the files: as asked, numbered where there are several, or after prompt and seed, overwriting nothing."""
+    if output is not None and not output.is_dir():
+        if len(request.seeds) == 1:
+            return [output]
+        return [output.with_name(f"{output.stem}-{number}{output.suffix}") for number in range(len(request.seeds))]
+    folder = output or Path()
+    slug = re.sub(r"[^a-z0-9]+", "-", request.prompts[0].lower()).strip("-")[:_SLUG_LENGTH].rstrip("-") or "image"
+    return [_free(folder, f"{slug}-{seed}") for seed in request.seeds]
+
+
+def _free(folder: Path, stem: str) -> Path:
+    path, number = folder / f"{stem}.png", 1
+    while path.exists():
+        number += 1
+        path = folder / f"{stem}-{number}.png"
+    return path

@@ -1,0 +1,79 @@
+"""Progress on standard error: bars on a terminal, a line for each stage elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+_TICK_S = 1.0
+
+
+@contextmanager
+def stages() -> Iterator[Callable[[str, int, int], None]]:
+    """Show a job of several stages that is counted in bytes, with the time that is left.
+
+    Yields
+    ------
+    A function of what is being done, the bytes done and the bytes in all.
+
+    """
+    with _bar(total=1, unit="B", unit_scale=True, unit_divisor=1000) as bar, _ticking(bar):
+        shown = ""
+
+        def report(what: str, done: int, total: int) -> None:
+            nonlocal shown
+            if bar.disable:
+                if what != shown:
+                    sys.stderr.write(f"{what}\n")
+            else:
+                if total != bar.total:
+                    bar.reset(total)
+                bar.set_description(what, refresh=False)
+                bar.update(done - bar.n)
+            shown = what
+
+        yield report
+
+
+@contextmanager
+def bytes_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show how many bytes are done; yields a function that adds to them."""
+    with _bar(total=total, desc=what, unit="B", unit_scale=True, unit_divisor=1000) as bar:
+        yield lambda count: bar.update(count) and None
+
+
+@contextmanager
+def steps_bar(total: int) -> Iterator[Callable[[], None]]:
+    """Show the steps of the denoising loop with iterations per second; yields a function that counts one."""
+    with _bar(total=total, desc="denoising", unit="it") as bar:
+        yield lambda: bar.update() and None
+
+
+def _bar(**options: Any) -> Any:
+    from tqdm import tqdm  # noqa: PLC0415 - not for --help
+
+    # disable=None: no bar where standard error is not a terminal
+    return tqdm(file=sys.stderr, disable=None, leave=False, dynamic_ncols=True, **options)
+
+
+@contextmanager
+def _ticking(bar: Any) -> Iterator[None]:
+    """Keep the clock of a bar running through stages that report nothing for a minute."""
+    over = threading.Event()
+
+    def tick() -> None:
+        while not over.wait(_TICK_S):
+            bar.refresh()
+
+    thread = threading.Thread(target=tick, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
