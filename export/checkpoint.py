@@ -212,8 +212,8 @@ def read_checkpoint(
     Parameters
     ----------
     spec
-        ``v1-1`` to ``v1-5``; a Hugging Face repository ``owner/name``, with ``@revision`` and, for an original file
-        in it, ``/file.ckpt``; a diffusers folder; an original .ckpt or .pt; a .safetensors of either naming. A path
+        ``v1-1`` to ``v1-5``; a Hugging Face repository ``owner/name``, with ``:file.ckpt`` for an original file in
+        it, and ``@revision``; a diffusers folder; an original .ckpt or .pt; a .safetensors of either naming. A path
         that exists wins over a repository of that name.
     ema
         Take the averaged weights of a file that has both.

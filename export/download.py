@@ -68,6 +68,18 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def remember(repo: str, revision: str, commit: str) -> None:
+    """Note in the cache which commit a branch or tag was at, for the time when the hub cannot be asked."""
+    from huggingface_hub import constants  # noqa: PLC0415
+    from huggingface_hub.file_download import repo_folder_name  # noqa: PLC0415
+
+    if revision == commit:
+        return
+    reference = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model") / "refs" / revision
+    reference.parent.mkdir(parents=True, exist_ok=True)
+    reference.write_text(commit, encoding="utf-8")
+
+
 def download(repo: str, commit: str, name: str, advance: Callable[[int], None]) -> None:
     """Bring one file into the cache.
 

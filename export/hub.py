@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from ..errors import DiskSpaceError, DownloadError, MissingDependencyError
-from .download import download
+from .download import download, remember
 from .folder import INDEX, choose_files
 
 if TYPE_CHECKING:
@@ -25,9 +25,7 @@ SHORT_NAMES: Final = {
 """The repositories of Stable Diffusion v1, as diffusers folders."""
 
 _WORD: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
-_SPEC: Final = re.compile(
-    rf"({_WORD}/{_WORD})((?:/[A-Za-z0-9_+()-][A-Za-z0-9._+() -]*)*)(?:@([A-Za-z0-9._/-]{{1,200}}))?"
-)
+_SPEC: Final = re.compile(rf"({_WORD}/{_WORD})(?::([^@:\\]{{1,200}}))?(?:@([A-Za-z0-9._/-]{{1,200}}))?")
 _WEIGHTS: Final = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 
@@ -70,7 +68,7 @@ class _Remote:
 
 
 def parse_hub_spec(spec: str) -> HubSpec | None:
-    """Read ``v1-1``, ``owner/name``, ``owner/name@revision`` or ``owner/name/file.ckpt@revision``.
+    """Read ``v1-1``, ``owner/name``, ``owner/name@revision`` or ``owner/name:file.ckpt@revision``.
 
     Returns
     -------
@@ -84,8 +82,8 @@ def parse_hub_spec(spec: str) -> HubSpec | None:
     match = _SPEC.fullmatch(spec)
     if match is None or ".." in spec or "--" in match[1]:
         return None
-    repo, file, name = match[1], match[2].removeprefix("/"), match[1].split("/")[1]
-    if name.endswith(_WEIGHTS) or (file and not file.endswith(_WEIGHTS)):
+    repo, file, name = match[1], match[2] or "", match[1].split("/")[1]
+    if name.endswith(_WEIGHTS):
         return None  # a path that does not exist
     return HubSpec(repo, match[3] or "main", file, file.rpartition("/")[2].rpartition(".")[0] or name)
 
@@ -107,7 +105,7 @@ def _choose(files: Sequence[str], spec: HubSpec, *, ema: bool) -> tuple[str, ...
         raise DownloadError(
             f"{spec.repo} holds no Stable Diffusion checkpoint: neither {INDEX} nor a .safetensors/.ckpt"
         )
-    raise DownloadError(f"{spec.repo} holds {len(whole)} checkpoints: choose one as {spec.repo}/{min(whole)}")
+    raise DownloadError(f"{spec.repo} holds {len(whole)} checkpoints: choose one as {spec.repo}:{min(whole)}")
 
 
 def fetch(spec: HubSpec, *, ema: bool, progress: Progress) -> Fetched:
@@ -143,6 +141,8 @@ def fetch(spec: HubSpec, *, ema: bool, progress: Progress) -> Fetched:
     missing = [name for name in names if _cached(spec, remote.commit, name) is None]
     total = sum(remote.sizes[name] for name in missing)
     _check_space(total, spec)
+    with _translated(spec):
+        remember(spec.repo, spec.revision, remote.commit)
     done = 0
     for name in missing:
 

@@ -66,12 +66,12 @@ class _Field:
     def check_one(self, value: Any, where: str) -> Any:
         if self.kind is float and type(value) is int:
             value = float(value)
-        if type(value) is not self.kind:
+        found = type(value)
+        if found is not self.kind:
             raise CheckpointError(f"{where} is {value!r:.60}, expected {self.kind.__name__}")
         if self.kind is str and value not in self.choice:
             raise CheckpointError(f"{where} is {value!r:.60}, expected {' or '.join(sorted(self.choice))}")
-        number = not isinstance(value, bool) and isinstance(value, (int, float))
-        if number and not self.low <= value <= self.high:
+        if found in {int, float} and not self.low <= value <= self.high:
             raise CheckpointError(f"{where} is {value!r:.60}, expected {self.low:g} to {self.high:g}")
         return value
 
@@ -121,6 +121,9 @@ _FIELDS: Final[dict[PartName, dict[str, _Field]]] = {
 
 _DEFAULTS: Final[dict[PartName, dict[str, Any]]] = {
     "unet": {
+        "in_channels": 4,
+        "out_channels": 4,
+        "attention_head_dim": 8,
         "act_fn": "silu",
         "norm_num_groups": 32,
         "norm_eps": 1e-5,
@@ -128,10 +131,31 @@ _DEFAULTS: Final[dict[PartName, dict[str, Any]]] = {
         "freq_shift": 0,
         "use_linear_projection": False,
     },
-    "vae": {"act_fn": "silu", "norm_num_groups": 32, "scaling_factor": 0.18215},
-    "text_encoder": {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
+    "vae": {
+        "in_channels": 3,
+        "out_channels": 3,
+        "latent_channels": 4,
+        "act_fn": "silu",
+        "norm_num_groups": 32,
+        "scaling_factor": 0.18215,
+    },
+    "text_encoder": {
+        "vocab_size": 49408,
+        "max_position_embeddings": 77,
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+    },
 }
 """What Stable Diffusion v1 has where a file does not say."""
+
+_BLOCKS: Final = ("block_out_channels", "layers_per_block", "down_block_types", "up_block_types")
+
+_REQUIRED: Final[dict[PartName, tuple[str, ...]]] = {
+    "unet": (*_BLOCKS, "cross_attention_dim"),
+    "vae": _BLOCKS,
+    "text_encoder": ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+}
+"""What differs from one model to another, so that a guess would be wrong."""
 
 _INDIFFERENT: Final = frozenset({"sample_size", "force_upcast", "upcast_attention", "dropout"})
 """Settings that change no result of the networks as they are traced here."""
@@ -159,13 +183,17 @@ def check_config(part: PartName, config: Mapping[str, Any], where: str) -> dict[
     fields = _FIELDS[part]
     merged = _DEFAULTS[part] | {name: config[name] for name in fields if config.get(name) is not None}
     checked = {name: fields[name].check(value, f"{where}: {name}") for name, value in merged.items()}
-    if part != "text_encoder":
-        if (
-            len({len(checked.get(name, ())) for name in ("block_out_channels", "down_block_types", "up_block_types")})
-            > 1
-        ):
-            raise CheckpointError(f"{where}: block_out_channels, down_block_types and up_block_types differ in length")
-        _refuse_extras(part, config, where)
+    absent = [name for name in _REQUIRED[part] if name not in checked]
+    if absent:
+        raise CheckpointError(f"{where}: the configuration does not say {' and '.join(absent)}")
+    if part == "text_encoder":
+        width, heads = checked["hidden_size"], checked["num_attention_heads"]
+        if width % heads:
+            raise CheckpointError(f"{where}: hidden_size is {width}, which {heads} attention heads cannot share")
+        return checked
+    if len({len(checked[name]) for name in ("block_out_channels", "down_block_types", "up_block_types")}) > 1:
+        raise CheckpointError(f"{where}: block_out_channels, down_block_types and up_block_types differ in length")
+    _refuse_extras(part, config, where)
     return checked
 
 

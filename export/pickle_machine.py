@@ -130,6 +130,8 @@ class _Interpreter:
                     self.stack.append(argument)
                 else:
                     self.refuse_instruction(opcode.name, argument)
+        except CheckpointError:
+            raise  # a ValueError too, and no accident
         except _MalformedError as error:
             raise CheckpointError(f"{self.where} is damaged: {error}") from None
         except _NOT_A_PICKLE as error:

@@ -33,7 +33,7 @@ class Pickled:
     tensors
         The weights, by name: those of ``state_dict`` where there is one.
     names
-        The names at the top of the file, for telling what it is.
+        The names at the top of the file, ``state_dict`` aside, for telling what it is.
 
     """
 
@@ -62,12 +62,14 @@ def _member_ranges(path: Path, size: int, infos: list[zipfile.ZipInfo]) -> dict[
                 raise UnsafeCheckpointError(
                     f"{path} has a compressed or encrypted member ({info.filename!r}), which PyTorch does not write"
                 )
+            if not reached <= info.header_offset <= size - 30:
+                raise CheckpointError(f"{path} is damaged: its member {info.filename!r} is not where it should be")
             stream.seek(info.header_offset)
             local = stream.read(30)
             start = info.header_offset + 30 + int.from_bytes(local[26:28], "little")
             start += int.from_bytes(local[28:30], "little")
             end = start + info.file_size
-            if local[:4] != b"PK\x03\x04" or info.header_offset < reached or end > size or info.filename in ranges:
+            if local[:4] != b"PK\x03\x04" or end > size or info.filename in ranges:
                 raise CheckpointError(f"{path} is damaged: its member {info.filename!r} is not where it should be")
             reached = end
             ranges[info.filename] = (start, info.file_size)
@@ -147,7 +149,7 @@ def read_pickle(path: Path) -> Pickled:
         top = {"tensor": top}
     if not isinstance(top, dict):
         raise CheckpointError(f"{path} holds no named tensors: at its top is a {type(top).__name__.strip('_').lower()}")
-    names = frozenset(name for name in top if isinstance(name, str))
+    names = frozenset(name for name in top if isinstance(name, str) and name != "state_dict")
     state = top.get("state_dict", top)
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds no named tensors: its state_dict is a {type(state).__name__}")

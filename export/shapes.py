@@ -105,12 +105,12 @@ def _vae_config(shapes: _Shapes, naming: Naming) -> dict[str, Any]:
     block = (
         "encoder.down.{}.block.{}.conv1.weight" if naming == "ldm" else "encoder.down_blocks.{}.resnets.{}.conv1.weight"
     )
-    levels = shapes.count(block.format("{}", 0))
+    levels = max(1, shapes.count(block.format("{}", 0)))
     return {
         "in_channels": shapes.get("encoder.conv_in.weight", 4)[1],
         "out_channels": shapes.get("decoder.conv_out.weight", 4)[0],
         "block_out_channels": tuple(shapes.get(block.format(level, 0), 4)[0] for level in range(levels)),
-        "layers_per_block": shapes.count(block.format(0, "{}")),
+        "layers_per_block": max(1, shapes.count(block.format(0, "{}"))),
         "latent_channels": shapes.get("post_quant_conv.weight", 4)[0],
         "down_block_types": ("DownEncoderBlock2D",) * levels,
         "up_block_types": ("UpDecoderBlock2D",) * levels,
