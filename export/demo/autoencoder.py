@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch.nn.functional import max_pool2d
 from tqdm import tqdm
@@ -15,6 +13,11 @@ from tqdm import tqdm
 from .networks import new_autoencoder
 from .progress import Average, Run, cosine_rate, save_grid
 from .scenes import IMAGE_SIZE, draw, sample_scene
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import numpy.typing as npt
 
 __all__ = ["LATENT_SCALE", "reconstruction_psnr", "to_images", "to_tensor", "train_autoencoder"]
 
@@ -56,7 +59,9 @@ def _loss(model: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tens
 def reconstruction_psnr(model: Any, images: npt.NDArray[np.uint8]) -> tuple[float, npt.NDArray[np.uint8]]:
     """Mean over images of the PSNR in dB of decode(encode(x)) as 8-bit pictures, and those pictures."""
     x = to_tensor(images)
-    decoded = to_images(torch.cat([model.decode(model.encode(part).latent_dist.mean).sample for part in x.split(16)]))
+    decoded = to_images(
+        torch.cat([model.decode(model.encode(part).latent_dist.mean).sample for part in torch.split(x, 16)])
+    )
     errors = ((decoded.astype(np.float64) - images) ** 2).mean((1, 2, 3))
     return float((10 * np.log10(255**2 / np.maximum(errors, 1e-3))).mean()), decoded
 
@@ -92,7 +97,7 @@ def train_autoencoder(work: Path, *, steps: int, seed: int, batch: int = 8, rate
             x = _crops(pool, rng, batch)
             run.rate(cosine_rate(run.step, 2 * steps))
             loss = _loss(model, to_tensor(x), torch.Generator().manual_seed(seed * 1_000_003 + run.step))
-            loss.backward()
+            torch.autograd.backward(loss)
             run.advance()
             run.note(seconds=time.perf_counter() - started, loss=loss.item())
             bar.update()
@@ -115,7 +120,7 @@ def _standardise(model: Any, images: npt.NDArray[np.uint8]) -> None:
 
     So the latents' scale is that of Stable Diffusion v1, and the U-Net sees channels of equal weight.
     """
-    latents = torch.cat([model.encode(part).latent_dist.mean for part in to_tensor(images).split(16)])
+    latents = torch.cat([model.encode(part).latent_dist.mean for part in torch.split(to_tensor(images), 16)])
     mean, deviation = latents.mean((0, 2, 3)), latents.std((0, 2, 3)) * LATENT_SCALE
     before, after = model.quant_conv, model.post_quant_conv
     before.weight[:4] /= deviation.view(-1, 1, 1, 1)

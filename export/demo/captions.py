@@ -1,17 +1,18 @@
 """What a scene is called: several phrasings, each naming all of it or a part.
 
-A tenth of all captions, chosen by the caption's own checksum, never appears in training, so that prompts can be drawn that the
-model has not seen although it knows every word in them.
+A tenth of all captions, chosen by the caption's own checksum, never appears in training, so that prompts can be drawn
+that the model has not seen although it knows every word in them.
 """
 
 from __future__ import annotations
 
 import zlib
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
-from .scenes import Scene
+    from .scenes import Scene
 
 __all__ = ["caption", "reserved"]
 
@@ -77,9 +78,7 @@ def _single(scene: Scene, rng: np.random.Generator, *, partial: bool) -> str:
 
 
 def _pair(scene: Scene, rng: np.random.Generator) -> str:
-    first, second = (
-        f"{'an' if item.colour == 'orange' else 'a'} {item.colour} {item.shape}" for item in scene.objects
-    )
+    first, second = (f"{'an' if item.colour == 'orange' else 'a'} {item.colour} {item.shape}" for item in scene.objects)
     ending = _ENDINGS[rng.integers(3)].format(scene.background)
     text = f"{first} {_RELATION_WORDS[scene.relation or '']} {second}{ending}"
     return text.replace("on a orange", "on an orange")

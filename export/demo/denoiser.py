@@ -118,7 +118,8 @@ def _prepare(model: Denoiser, used: list[int]) -> list[torch.optim.Optimizer]:
         for name, module in model.unet.named_modules():
             if name.endswith("proj_out"):
                 module.weight.zero_()
-    matrices, others = [], []
+    matrices: list[torch.Tensor] = []
+    others: list[torch.Tensor] = []
     for name, parameter in model.named_parameters():
         outer = "embeddings." in name or name.startswith(("unet.conv_in", "unet.conv_out"))
         (matrices if parameter.ndim > 1 and not outer else others).append(parameter)
@@ -133,7 +134,7 @@ def _average_gradients(parameters: list[torch.nn.Parameter]) -> None:
     flat = torch.cat([g.flatten() for g in gradients])
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
-    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+    for gradient, part in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))
 
 
@@ -141,7 +142,8 @@ def _average_gradients(parameters: list[torch.nn.Parameter]) -> None:
 def _latents(autoencoder: Any, scenes: list[Scene], rank: int, workers: int, path: Path) -> torch.Tensor:
     """(N, 4, 16, 16) float16 scaled latents of scenes: each worker encodes its share; kept in a file."""
     if path.exists():
-        return torch.load(path, weights_only=True)["latents"]
+        kept: torch.Tensor = torch.load(path, weights_only=True)["latents"]
+        return kept
     mine = scenes[rank::workers]
     parts = []
     for start in tqdm(range(0, len(mine), 16), desc="latents", disable=rank > 0):
@@ -184,7 +186,15 @@ def _loss(
 
 
 def train_denoiser(
-    autoencoder: Any, work: Path, *, steps: int, seed: int, scenes: int, batch: int = 24, rank: int = 0, workers: int = 1
+    autoencoder: Any,
+    work: Path,
+    *,
+    steps: int,
+    seed: int,
+    scenes: int,
+    batch: int = 24,
+    rank: int = 0,
+    workers: int = 1,
 ) -> Denoiser:
     """Train, or go on training, text encoder and U-Net; return them with averaged weights.
 
@@ -225,7 +235,7 @@ def train_denoiser(
             clean, ids = _batch(shown, latents, tokenizer, rng, batch)
             run.rate(trapezoid_rate(run.step, steps))
             loss, error = _loss(model, clean, ids, alphas, generator)
-            loss.backward()
+            torch.autograd.backward(loss)
             _average_gradients(parameters)
             run.advance()
             run.note(seconds=time.perf_counter() - started, loss=loss.item(), error=error)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import PNDMScheduler
 
 from .autoencoder import LATENT_SCALE
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 __all__ = ["write_folder"]
 

@@ -5,17 +5,19 @@ On this model it needs about half the steps of AdamW, which keeps the tables, bi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
 
 __all__ = ["Muon"]
 
 
 def _orthogonal(matrix: torch.Tensor) -> torch.Tensor:
     """Push the singular values of a matrix close to 1: five Newton-Schulz iterations with Jordan's quintic."""
-    x = matrix / (matrix.norm() + 1e-7)
+    x: torch.Tensor = matrix / (matrix.norm() + 1e-7)
     wide = x if x.shape[0] <= x.shape[1] else x.T
     for _ in range(5):
         gram = wide @ wide.T

@@ -19,12 +19,7 @@ _UP: Final = ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAtt
 
 
 def new_autoencoder() -> Any:
-    """Return an untrained AutoencoderKL: factor 8, 4 latent channels.
-
-    Group normalisation takes a flat picture's colour away, and an autoencoder that starts as usual needs long to smuggle
-    it past. Large biases on the residual stream make each group's deviation nearly constant, so that the normalisation
-    starts out nearly linear; small residual branches leave the stream's path open.
-    """
+    """Return an untrained AutoencoderKL: factor 8, 4 latent channels."""
     model = AutoencoderKL(
         sample_size=IMAGE_SIZE,
         block_out_channels=(16, 32, 48, 48),
@@ -41,10 +36,10 @@ def new_autoencoder() -> Any:
 def _open_path(model: Any) -> None:
     """Start an autoencoder as one that keeps the mean colour of every 8x8 patch.
 
-    Group normalisation takes a flat picture's colour away, and from a random start it is long before any colour is smuggled
-    past it. So the first channels of the residual stream carry red, green and blue unchanged from end to end, the residual
-    branches start at zero, and large biases on the other channels make each group's deviation nearly constant, so that the
-    two last normalisations are nearly linear.
+    Group normalisation takes a flat picture's colour away, and from a random start it is long before any colour is
+    smuggled past it. So the first channels of the residual stream carry red, green and blue unchanged from end to end,
+    the residual branches start at zero, and biases on the other channels steady each group's deviation, so that the two
+    last normalisations are nearly linear.
     """
     with torch.no_grad():
         for name, module in model.named_modules():
@@ -92,7 +87,7 @@ def new_unet() -> Any:
 def new_text_encoder() -> Any:
     """Return an untrained CLIPTextModel over the whole BPE vocabulary, its token table all zeros.
 
-    Only rows of tokens that captions use are ever changed; the others stay zero and cost next to nothing once compressed.
+    Only rows of tokens that captions use are ever changed; the others stay zero and cost next to nothing when packed.
     """
     model = CLIPTextModel(
         CLIPTextConfig(

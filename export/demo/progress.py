@@ -1,15 +1,19 @@
-"""What both stages of the training share: the learning rate's course, moving averages, states that resume, sample grids."""
+"""What both stages of the training share: learning rates, moving averages, states that resume, sample grids."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    import numpy.typing as npt
 
 __all__ = ["Average", "Run", "cosine_rate", "save_grid", "trapezoid_rate"]
 
@@ -42,7 +46,7 @@ class Average:
         """Take in the parameters' values after `step`."""
         decay = min(self._decay, (step + 1) / (step + 10))
         with torch.no_grad():
-            torch._foreach_lerp_(self.values, self._live, 1 - decay)  # noqa: SLF001 - the optimisers' own primitive
+            torch._foreach_lerp_(self.values, self._live, 1 - decay)
 
     def swap(self) -> None:
         """Exchange the parameters with their averages; a second call restores them."""

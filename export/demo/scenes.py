@@ -1,6 +1,6 @@
 """What the demo model's pictures show, and how they are drawn.
 
-A scene is one or two flat objects on a flat background. Shapes are signed distance functions, so that coverage, and with it
+A scene is one or two flat objects on a flat background. Shapes are signed distance functions: coverage, and with it
 anti-aliasing, follows from the distance of a pixel's centre to the outline (Inigo Quilez, "2D distance functions").
 """
 
@@ -20,8 +20,8 @@ __all__ = [
     "RADII",
     "RELATIONS",
     "SHAPES",
-    "SceneObject",
     "Scene",
+    "SceneObject",
     "draw",
     "held_out",
     "sample_scene",
@@ -90,8 +90,8 @@ def held_out(shape: str, colour: str, background: str) -> bool:
     return (shape, colour, background) in _HELD_OUT
 
 
-def sample_scene(rng: np.random.Generator) -> Scene:
-    """Draw a scene at random from those that training may see; one in four has two objects."""
+def sample_scene(rng: np.random.Generator, *, held: bool = False) -> Scene:
+    """Draw a scene at random, one in four with two objects: one that training may see, or, if `held`, may not."""
     colours = tuple(COLOURS)
     while True:
         background = colours[rng.integers(len(colours))]
@@ -101,7 +101,9 @@ def sample_scene(rng: np.random.Generator) -> Scene:
         kinds = {(o.shape, o.colour) for o in objects}
         if len(kinds) < len(objects):
             continue
-        if any(o.colour == background or held_out(o.shape, o.colour, background) for o in objects):
+        if any(o.colour == background for o in objects):
+            continue
+        if any(held_out(o.shape, o.colour, background) for o in objects) != held:
             continue
         return Scene(background, objects, relation)
 

@@ -5,16 +5,35 @@ An interrupted run goes on where its last state was saved. On one machine the re
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn
 
 from .autoencoder import train_autoencoder
 from .denoiser import train_denoiser
 from .folder import write_folder
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The options of the command line."""
+
+    work: Path
+    out: Path | None
+    seed: int
+    autoencoder_steps: int
+    steps: int
+    scenes: int
+    workers: int
+
+    @property
+    def meeting(self) -> Path:
+        """The file over which workers find each other."""
+        return self.work / "workers"
 
 
 @click.command()
@@ -25,30 +44,34 @@ from .folder import write_folder
 @click.option("--steps", default=4000, show_default=True, help="Steps of text encoder and U-Net.")
 @click.option("--scenes", default=12000, show_default=True, help="Scenes that text encoder and U-Net see.")
 @click.option("--workers", default=2, show_default=True, help="Processes of one thread each; each adds to the batch.")
-def main(
-    work: Path, out: Path | None, seed: int, autoencoder_steps: int, steps: int, scenes: int, workers: int
-) -> None:
+def main(**options: Path | int | None) -> None:
     """Train the autoencoder, then text encoder and U-Net; go on with what was interrupted."""
+    plan = Plan(**options)  # type: ignore[arg-type]  # click's options are the fields
     torch.set_num_threads(1)  # workers share the cores better than threads, which wait for each other at every layer
-    work.mkdir(parents=True, exist_ok=True)
-    train_autoencoder(work, steps=autoencoder_steps, seed=seed)
-    (work / "workers").unlink(missing_ok=True)  # the meeting place that an interrupted run leaves
-    arguments = (work, out, seed, autoencoder_steps, steps, scenes, workers)
-    mp.spawn(_worker, arguments, nprocs=workers)  # type: ignore[no-untyped-call]
+    plan.work.mkdir(parents=True, exist_ok=True)
+    train_autoencoder(plan.work, steps=plan.autoencoder_steps, seed=plan.seed)
+    plan.meeting.unlink(missing_ok=True)  # what an interrupted run left
+    spawn(_worker, (plan,), nprocs=plan.workers)  # type: ignore[no-untyped-call]
 
 
-def _worker(
-    rank: int, work: Path, out: Path | None, seed: int, autoencoder_steps: int, steps: int, scenes: int, workers: int
-) -> None:
+def _worker(rank: int, plan: Plan) -> None:
     torch.set_num_threads(1)
-    meeting = work / "workers"
-    if workers > 1:
-        dist.init_process_group("gloo", init_method=f"file://{meeting.absolute()}", rank=rank, world_size=workers)
-    autoencoder = train_autoencoder(work, steps=autoencoder_steps, seed=seed)
-    model = train_denoiser(autoencoder, work, steps=steps, seed=seed, scenes=scenes, rank=rank, workers=workers)
-    if rank == 0 and out is not None:
-        write_folder(out, autoencoder, model.text_encoder, model.unet)
-    if workers > 1:
+    if plan.workers > 1:
+        meeting = f"file://{plan.meeting.absolute()}"
+        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=plan.workers)
+    autoencoder = train_autoencoder(plan.work, steps=plan.autoencoder_steps, seed=plan.seed)
+    model = train_denoiser(
+        autoencoder,
+        plan.work,
+        steps=plan.steps,
+        seed=plan.seed,
+        scenes=plan.scenes,
+        rank=rank,
+        workers=plan.workers,
+    )
+    if rank == 0 and plan.out is not None:
+        write_folder(plan.out, autoencoder, model.text_encoder, model.unet)
+    if plan.workers > 1:
         dist.destroy_process_group()
 
 
