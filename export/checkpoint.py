@@ -29,7 +29,7 @@ __all__ = ["Checkpoint", "Part", "read_checkpoint"]
 _SUFFIXES: Final = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 _TRAINING_ONLY: Final = re.compile(
-    r"first_stage_model\.(loss|model_ema)\.|cond_stage_model\.(logit_scale|.*projection)"
+    r"first_stage_model\.(loss|model_ema)\.|cond_stage_model\..*(logit_scale|projection)"
 )
 """What original checkpoints keep beside the networks."""
 

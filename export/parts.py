@@ -315,11 +315,15 @@ _OLD_ATTENTION: Final = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_
 """What diffusers called the autoencoder's attention up to version 0.17."""
 
 
+_CLIP_ONLY: Final = frozenset({"text_projection.weight", "logit_scale"})
+"""What a text encoder carries along that was cut out of a whole CLIP."""
+
+
 def modern_names(part: PartName, names: Iterable[str]) -> dict[str, str]:
     """Map today's diffusers and transformers names to those in a file, leaving out what is no weight."""
     renamed = {}
     for name in names:
-        if name.endswith("position_ids"):
+        if name.endswith("position_ids") or (part == "text_encoder" and name in _CLIP_ONLY):
             continue
         modern = name
         if part == "vae":

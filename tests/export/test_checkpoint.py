@@ -116,7 +116,7 @@ def test_the_forms_that_folders_take(folder: Path, tiny_checkpoint: Path) -> Non
     for piece in range(3):
         some = {name: unet[name] for name in names[piece::3]}
         save_file(some, folder / f"unet/diffusion_pytorch_model-0000{piece + 1}-of-00003.safetensors")
-    text = load_file(folder / "text_encoder/model.safetensors")
+    text = load_file(folder / "text_encoder/model.safetensors") | {"text_projection.weight": torch.zeros(2, 2)}
     (folder / "text_encoder/model.safetensors").unlink()
     torch.save(
         {name.removeprefix("text_model."): text[name] for name in text}, folder / "text_encoder/pytorch_model.bin"
@@ -162,6 +162,8 @@ def test_original_text_encoder_without_its_prefix_and_other_leavings(tiny_ldm: P
         for name in [name for name in tensors if ".text_model." in name]:
             tensors[name.replace(".text_model.", ".")] = tensors.pop(name)
         tensors["first_stage_model.loss.logvar"] = torch.zeros(1)
+        tensors["cond_stage_model.logit_scale"] = torch.zeros(())
+        tensors["cond_stage_model.transformer.text_projection.weight"] = torch.zeros(2, 2)
         tensors["v_pred"] = torch.zeros(0)
 
     path = tmp_path / "x.safetensors"
