@@ -1,0 +1,174 @@
+"""What the demo model is trained on, and that its training resumes and repeats."""
+
+from __future__ import annotations
+
+from itertools import pairwise, product
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sdrt.export.demo import autoencoder, denoiser, model_folder
+from sdrt.export.demo.autoencoder import LATENT_SCALE, reconstruction_psnr, to_tensor
+from sdrt.export.demo.captions import caption, reserved
+from sdrt.export.demo.muon import Muon
+from sdrt.export.demo.networks import new_autoencoder
+from sdrt.export.demo.progress import Run, trapezoid_rate
+from sdrt.export.demo.scenes import COLOURS, SHAPES, draw, held_out, sample_scene
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def test_a_tenth_of_the_combinations_is_held_out_and_never_drawn_for_training() -> None:
+    combinations = [(s, c, b) for s, c, b in product(SHAPES, COLOURS, COLOURS) if c != b]
+    assert sum(held_out(*combination) for combination in combinations) == len(combinations) // 10
+    rng = np.random.default_rng(0)
+    for _ in range(2000):
+        scene = sample_scene(rng)
+        assert not any(held_out(item.shape, item.colour, scene.background) for item in scene.objects)
+        other = sample_scene(rng, held=True)
+        assert any(held_out(item.shape, item.colour, other.background) for item in other.objects)
+
+
+def test_reserved_captions_are_a_tenth_and_kept_apart() -> None:
+    rng = np.random.default_rng(0)
+    texts = []
+    for _ in range(2000):
+        scene = sample_scene(rng)
+        seen, unseen = caption(scene, rng), caption(scene, rng, unseen=True)
+        assert not seen or not reserved(seen)
+        assert not unseen or reserved(unseen)
+        texts.append(seen or unseen)
+    assert len(set(texts)) > 1000
+
+
+def test_captions_name_what_is_drawn() -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(500):
+        scene = sample_scene(rng)
+        words = caption(scene, rng, partial=False).replace(",", "").split()
+        if words:
+            assert all(item.shape in words and item.colour in words for item in scene.objects)
+            assert scene.background in words
+            assert not any(a == "a" and b == "orange" for a, b in pairwise(words))
+
+
+def test_edges_are_anti_aliased_and_everything_else_is_flat() -> None:
+    rng = np.random.default_rng(2)
+    for _ in range(50):
+        scene = sample_scene(rng)
+        image = draw(scene)
+        flat = {tuple(COLOURS[scene.background]), *(tuple(COLOURS[item.colour]) for item in scene.objects)}
+        mixed = np.mean([tuple(pixel) not in flat for pixel in image.reshape(-1, 3).tolist()])
+        assert 0.001 < mixed < 0.08
+
+
+def test_an_untrained_autoencoder_lets_colour_through() -> None:
+    torch.manual_seed(0)
+    model = new_autoencoder().eval()
+    flat = {name: np.full((1, 64, 64, 3), rgb, np.uint8) for name, rgb in COLOURS.items()}
+    with torch.no_grad():
+        means = {name: model.encode(to_tensor(x)).latent_dist.mean.mean((0, 2, 3)) for name, x in flat.items()}
+    for a, b in product(COLOURS, COLOURS):
+        assert a == b or float((means[a] - means[b]).norm()) > 0.02
+
+
+def test_muon_steps_have_singular_values_near_one_and_lower_a_loss() -> None:
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(8, 4, 3, 3))
+    target = torch.randn(8, 4, 3, 3)
+    optimiser = Muon([weight], lr=0.1)
+    losses = []
+    for step in range(60):
+        before = weight.detach().clone()
+        loss = (weight - target).pow(2).mean()
+        torch.autograd.backward(loss)
+        optimiser.step()
+        optimiser.zero_grad()
+        losses.append(loss.item())
+        if step == 0:
+            values = torch.linalg.svdvals((weight.detach() - before).flatten(1)) / 0.1
+            assert float(values.min()) > 0.6
+            assert float(values.max()) < 1.3
+    assert losses[-1] < 0.2 * losses[0]
+
+
+def test_the_learning_rate_up_to_its_fall_does_not_depend_on_the_number_of_steps() -> None:
+    assert [trapezoid_rate(i, 1000) for i in range(600)] == [trapezoid_rate(i, 4000) for i in range(600)]
+    assert trapezoid_rate(999, 1000) == 0.01
+
+
+class _InterruptedError(Exception):
+    """Stands for a power cut."""
+
+
+def test_an_interrupted_training_ends_like_an_uninterrupted_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(denoiser, "_SAVE_EVERY", 2)
+    torch.set_num_threads(1)
+    encoder = new_autoencoder().eval().requires_grad_(requires_grad=False)
+
+    def train(name: str) -> dict[str, torch.Tensor]:
+        (tmp_path / name).mkdir(exist_ok=True)
+        trained = denoiser.train_denoiser(encoder, tmp_path / name, steps=4, seed=0, scenes=4, batch=2)
+        assert (tmp_path / name / "samples-00004.png").stat().st_size > 1000
+        return dict(trained.state_dict())
+
+    whole = train("whole")
+    advance = Run.advance
+
+    def cut(self: Run) -> None:
+        if self.step == 3:
+            raise _InterruptedError
+        advance(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "advance", cut)
+        with pytest.raises(_InterruptedError):
+            train("cut")
+    resumed = train("cut")
+    for name, value in whole.items():
+        torch.testing.assert_close(resumed[name], value, rtol=0, atol=0)
+
+
+def test_the_autoencoders_training_repeats_and_lowers_its_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autoencoder, "_POOL", 50)
+    torch.set_num_threads(1)
+    models = []
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        models.append(autoencoder.train_autoencoder(tmp_path / name, steps=12, seed=0, batch=2))
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    images = np.stack([draw(sample_scene(np.random.default_rng(i))) for i in range(8)])
+    deviation = models[0].encode(to_tensor(images)).latent_dist.mean.std() * LATENT_SCALE
+    assert 0.7 < float(deviation) < 1.4
+
+
+def _shipped(part: str) -> Any:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL.from_pretrained(model_folder() / part, torch_dtype=torch.float32)
+
+
+def test_the_shipped_autoencoder_keeps_pictures_clean() -> None:
+    rng = np.random.default_rng(5)
+    images = np.stack([draw(sample_scene(rng, held=True)) for _ in range(32)])
+    psnr, _ = reconstruction_psnr(_shipped("vae").eval(), images)
+    assert psnr >= 32
+
+
+def test_the_shipped_weights_are_float16_small_and_zero_where_nothing_was_learnt() -> None:
+    files = list(model_folder().rglob("*.safetensors"))
+    assert len(files) == 3
+    assert sum(path.stat().st_size for path in files) <= 12_000_000
+    for path in files:
+        assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float16}
+    table = load_file(next(path for path in files if path.parent.name == "text_encoder"))
+    rows = next(tensor for name, tensor in table.items() if name.endswith("token_embedding.weight"))
+    assert rows.shape[0] == 49408
+    assert 30 < int(rows.any(1).sum()) < 60
