@@ -41,6 +41,11 @@ def plan_name(component: str) -> str:
     return f"{component}.plan"
 
 
+def layers_name(component: str) -> str:
+    """Name the file that lists the layers of a component's engine."""
+    return f"{component}.layers.json"
+
+
 def hash_file(folder: Path, path: str, progress: Progress | None = None) -> FileEntry:
     """Describe one file of a bundle that is being built.
 

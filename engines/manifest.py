@@ -86,8 +86,27 @@ class Parity:
 
 
 @dataclass(frozen=True)
+class InputRange:
+    """The shapes of one input that an engine takes in one profile, and the one that it is fastest at."""
+
+    min: tuple[int, ...]
+    opt: tuple[int, ...]
+    max: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Component:
-    """One network of the model: its first file is the ONNX graph or the plan, the others are its external data."""
+    """One network of the model.
+
+    Attributes
+    ----------
+    files
+        The ONNX graph and its external data, or the plan and the list of its layers.
+    profiles
+        Of an engine: for each optimisation profile, in TensorRT's order, the range of every input by its name. Empty
+        where any shape within `inputs` is taken, as in an ONNX bundle.
+
+    """
 
     name: str
     precision: Precision
@@ -95,6 +114,11 @@ class Component:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     parity: Parity | None
+    profiles: tuple[Mapping[str, InputRange], ...] = ()
+
+    def __post_init__(self) -> None:
+        """Freeze the mappings."""
+        object.__setattr__(self, "profiles", tuple(MappingProxyType(dict(profile)) for profile in self.profiles))
 
     @property
     def graph(self) -> FileEntry:
@@ -116,14 +140,15 @@ class Model:
 class Backend:
     """What the graphs or plans are for.
 
-    ``opset`` is ``None`` for plans; ``compute_capability`` (``8.6``) and ``platform`` (``linux_x86_64``) are ``None``
-    where the files run anywhere, as ONNX does. ``version`` is that of the tool that wrote them.
+    ``opset`` is ``None`` for plans; ``compute_capabilities`` (``8.6``, ``8.9``) is empty and ``platform``
+    (``linux_x86_64``) is ``None`` where the files run anywhere, as ONNX does. ``version`` is that of the tool that
+    wrote them.
     """
 
     name: str
     version: str
     opset: int | None = None
-    compute_capability: str | None = None
+    compute_capabilities: tuple[str, ...] = ()
     platform: str | None = None
 
 

@@ -23,6 +23,7 @@ from .manifest import (
     Dim,
     DimRange,
     FileEntry,
+    InputRange,
     Kind,
     Latent,
     Manifest,
@@ -103,6 +104,10 @@ class _Node:
         if key not in self.value:
             raise BundleCorruptError(f"bundle.json: {where} is missing")
         return _Node(self.value[key], where)
+
+    def lenient(self, key: str, read: Callable[[_Node], tuple[T, ...]]) -> tuple[T, ...]:
+        """Read a list that only engines need, and that an ONNX bundle may leave out."""
+        return read(self[key]) if not isinstance(self.value, dict) or key in self.value else ()
 
     def mapping(self, read: Callable[[_Node], T]) -> dict[str, T]:
         if not isinstance(self.value, dict):
@@ -258,11 +263,13 @@ def _backend(node: _Node) -> Backend:
         name=node["name"].matching(NAME, "a backend's name"),
         version=node["version"].text(),
         opset=node["opset"].optional(lambda opset: opset.integer(minimum=1)),
-        compute_capability=node["compute_capability"].optional(
-            lambda capability: capability.matching(_CAPABILITY, "a compute capability such as 8.6")
-        ),
+        compute_capabilities=node.lenient("compute_capabilities", _capabilities),
         platform=node["platform"].optional(_Node.text),
     )
+
+
+def _capabilities(node: _Node) -> tuple[str, ...]:
+    return node.tuple_of(lambda capability: capability.matching(_CAPABILITY, "a compute capability such as 8.6"))
 
 
 def _latent(node: _Node) -> Latent:
@@ -309,10 +316,20 @@ def _component(node: _Node) -> Component:
         inputs=node["inputs"].tuple_of(_tensor, at_least=1),
         outputs=node["outputs"].tuple_of(_tensor, at_least=1),
         parity=node["parity"].optional(_parity),
+        profiles=node.lenient("profiles", lambda list_: list_.tuple_of(lambda profile: profile.mapping(_input_range))),
     )
     for what, tensors in (("inputs", component.inputs), ("outputs", component.outputs)):
         _refuse_repeated(f"{node.where}.{what} has the name", [tensor.name for tensor in tensors])
     return component
+
+
+def _input_range(node: _Node) -> InputRange:
+    least, best, most = (node[key].tuple_of(lambda size: size.integer(minimum=1)) for key in ("min", "opt", "max"))
+    if not len(least) == len(best) == len(most) or any(
+        not a <= b <= c for a, b, c in zip(least, best, most, strict=True)
+    ):
+        node.fail("three shapes of equal length, min <= opt <= max")
+    return InputRange(least, best, most)
 
 
 def _file(node: _Node) -> FileEntry:

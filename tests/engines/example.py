@@ -10,6 +10,7 @@ from sdrt.engines.manifest import (
     Backend,
     Component,
     DimRange,
+    InputRange,
     Latent,
     Manifest,
     Model,
@@ -46,6 +47,7 @@ def fill(folder: Path, content: bytes = b"weights", *, name: str = "example", cr
                 ),
                 outputs=(TensorSpec("prediction", "float32", (BATCH, 4, HEIGHT, WIDTH)),),
                 parity=Parity(1e-5, 2e-6, float("inf"), "relative_l2", 1e-4, "torch 2.13.0 fp32"),
+                profiles=({"latents": InputRange((1, 4, 8, 8), (2, 4, 8, 8), (8, 4, 128, 128))},),
             )
         )
     manifest = Manifest(
