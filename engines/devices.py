@@ -1,4 +1,4 @@
-"""The NVIDIA GPUs of this machine, asked of the driver itself: no package needed, nothing loaded where there is none."""
+"""The NVIDIA GPUs of this machine, asked of the driver itself: no package needed, nothing loaded without one."""
 
 from __future__ import annotations
 

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from .._version import __version__
 from ..engines import store
 from ..engines.bundle import TOKENIZER, Bundle, hash_file, onnx_data_name, onnx_name, write_manifest
 from ..engines.devices import nvidia_gpus
 from ..engines.manifest import Backend, Component, Latent, Manifest, Model, Precision, Text, utc_now
 from ..engines.publish import publishing
-from .._version import __version__
 from ..errors import BundleExistsError, InputError
 from . import modules, parity
 from .checkpoint import read_checkpoint
@@ -179,7 +179,7 @@ def _components(
     checkpoint: Checkpoint, folder: Path, precision: Precision, progress: _Progress, sizes: Mapping[str, int]
 ) -> tuple[Component, ...]:
     """Trace one network after the other, so that no two of them are in memory at once."""
-    text, dtype = checkpoint.text_encoder.config, _DTYPES[precision]
+    dtype = _DTYPES[precision]
     described = _described(checkpoint)
 
     @functools.cache
@@ -208,23 +208,22 @@ def _components(
         _Job("vae_decoder", "VAE decoder", sizes["vae"] // 2, lambda: autoencoder_cases()[0], lambda: autoencoder()[0]),
         _Job("vae_encoder", "VAE encoder", sizes["vae"] // 2, lambda: autoencoder_cases()[1], lambda: autoencoder()[1]),
     )
-    return tuple(_component(job, described[job.name], folder, precision, progress, text["vocab_size"]) for job in jobs)
+    return tuple(_component(job, described[job.name], folder, precision, progress) for job in jobs)
 
 
 def _described(checkpoint: Checkpoint) -> dict[str, Signature]:
     text = checkpoint.text_encoder.config
-    return signatures(text["hidden_size"], text["max_position_embeddings"], checkpoint.unet.config["in_channels"])
+    channels = checkpoint.unet.config["in_channels"]
+    return signatures(text["hidden_size"], text["max_position_embeddings"], text["vocab_size"], channels)
 
 
-def _component(
-    job: _Job, signature: Signature, folder: Path, precision: Precision, progress: _Progress, vocabulary: int
-) -> Component:
+def _component(job: _Job, signature: Signature, folder: Path, precision: Precision, progress: _Progress) -> Component:
     graph, data = onnx_name(job.name), onnx_data_name(job.name)
     progress.stage(f"{job.title}: running the original")
     cases = job.cases()
     progress.advance(f"{job.title}: tracing", job.size)
     module = job.module()
-    trace(module, examples(signature.inputs, _TRACED, vocabulary, seed=0), signature, folder / graph)
+    trace(module, examples(signature, _TRACED, seed=0), signature, folder / graph)
     # The tracer leaves cycles behind that hold the weights; onnxruntime needs the room now.
     del module
     gc.collect()

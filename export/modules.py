@@ -12,8 +12,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.embeddings import TimestepEmbedding
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import CLIPTextConfig, CLIPTextModel
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -110,10 +117,10 @@ def _prepare(model: nn.Module, dtype: torch.dtype) -> None:
             if isinstance(child, (nn.GroupNorm, nn.LayerNorm)):
                 exact.append(child)
                 setattr(parent, name, _Float32Norm(child))
-            elif type(child).__name__ == "TimestepEmbedding":
+            elif isinstance(child, TimestepEmbedding):
                 exact.append(child)
-            elif type(child).__name__ == "Upsample2D":
-                setattr(parent, name, _Upsample(cast("Any", child).conv))
+            elif isinstance(child, Upsample2D):
+                setattr(parent, name, _Upsample(child.conv))
     if hasattr(model, "set_attn_processor"):
         cast("Any", model).set_attn_processor(_AttentionProcessor())
     kept = {id(parameter) for module in exact for parameter in module.parameters()}
@@ -278,20 +285,13 @@ def load_model(name: PartName, part: Part) -> nn.Module:
 
 
 def _build(name: PartName, config: Mapping[str, Any]) -> nn.Module:
-    # Not at the top: each of these takes seconds to import.
+    model: nn.Module
     if name == "text_encoder":
-        from transformers import CLIPTextConfig, CLIPTextModel
-
-        text: nn.Module = CLIPTextModel(CLIPTextConfig(**config))
-        return text
-    if name == "unet":
-        from diffusers import UNet2DConditionModel
-
-        model: nn.Module = UNet2DConditionModel.from_config(dict(config))
-        return model
-    from diffusers import AutoencoderKL
-
-    model = AutoencoderKL.from_config(dict(config))
+        model = CLIPTextModel(CLIPTextConfig(**config))
+    elif name == "unet":
+        model = UNet2DConditionModel.from_config(dict(config))
+    else:
+        model = AutoencoderKL.from_config(dict(config))
     return model
 
 
@@ -337,11 +337,6 @@ def scale_stream(model: Any, scale: float) -> None:
     scaled along. So the factor goes into the weights and biases that write to a path, and a network whose
     activations pass 65504 fits into float16. `scale` must be a power of two: then no weight is rounded.
     """
-    from diffusers.models.attention_processor import Attention
-    from diffusers.models.downsampling import Downsample2D
-    from diffusers.models.resnet import ResnetBlock2D
-    from diffusers.models.upsampling import Upsample2D
-
     writers = [model.decoder.conv_in, model.encoder.conv_in]
     carriers = []
     norms = [model.decoder.conv_norm_out, model.encoder.conv_norm_out]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnxruntime
 import torch
 
 from ..engines.manifest import Parity, Precision
@@ -57,7 +58,7 @@ def text_cases(checkpoint: Checkpoint, signature: Signature) -> list[Case]:
     model: Any = load_model("text_encoder", checkpoint.text_encoder).float()
     cases = []
     for clip_skip in (0, 1):
-        ids, _ = _draw(checkpoint, signature, _SIZES[0])
+        ids, _ = _draw(signature, _SIZES[0])
         states = model(ids, output_hidden_states=True).hidden_states
         expected = model.final_layer_norm(states[-1 - clip_skip])
         cases.append(Case((ids, torch.tensor([clip_skip])), (expected,)))
@@ -69,7 +70,7 @@ def unet_cases(checkpoint: Checkpoint, signature: Signature) -> list[Case]:
     model: Any = load_model("unet", checkpoint.unet).float()
     cases = []
     for sizes in _SIZES:
-        latents, timestep, embeddings = _draw(checkpoint, signature, sizes)
+        latents, timestep, embeddings = _draw(signature, sizes)
         cases.append(Case((latents, timestep, embeddings), (model(latents, timestep, embeddings).sample,)))
     return cases
 
@@ -99,17 +100,17 @@ def autoencoder_cases(
         module.register_forward_hook(watch)
     decoded, encoded = [], []
     for sizes in _SIZES:
-        (latents,) = _draw(checkpoint, decoder, sizes)
+        (latents,) = _draw(decoder, sizes)
         decoded.append(Case((latents,), (model.decode(latents / factor).sample,)))
-        (image,) = _draw(checkpoint, encoder, sizes)
+        (image,) = _draw(encoder, sizes)
         moments = model.encode(image).latent_dist
         encoded.append(Case((image,), (moments.mean * factor, moments.std * factor)))
     scale = 1.0 if peak <= _ROOM else 2.0 ** -math.ceil(math.log2(peak / _ROOM))
     return decoded, encoded, scale
 
 
-def _draw(checkpoint: Checkpoint, signature: Signature, sizes: dict[str, int]) -> tuple[Tensor, ...]:
-    return examples(signature.inputs, sizes, checkpoint.text_encoder.config["vocab_size"], _SEED)
+def _draw(signature: Signature, sizes: dict[str, int]) -> tuple[Tensor, ...]:
+    return examples(signature, sizes, _SEED)
 
 
 def measure(component: str, graph: Path, signature: Signature, cases: list[Case], precision: Precision) -> Parity:
@@ -139,8 +140,6 @@ def measure(component: str, graph: Path, signature: Signature, cases: list[Case]
         The relative L2 error is beyond the threshold, or the output is not finite.
 
     """
-    import onnxruntime
-
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     # The arena would keep the memory of the largest case on top of the weights.

@@ -8,7 +8,9 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import onnx_ir
 import torch
+from torch._dynamo.exc import UserError
 
 from ..engines.manifest import DimRange, TensorSpec
 from ..errors import ExportError
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 OPSET = 20
-"""At 20 TensorRT-RTX fuses GEGLU and every attention; below, Gelu is spelled with Erf, above, the VAE does not build."""
+"""At 20 TensorRT-RTX fuses GEGLU and all attention; below, Gelu is spelled with Erf; above, the VAE does not build."""
 
 _BATCH = DimRange("batch", 1, 64)
 _HEIGHT = DimRange("height", 1, 512)
@@ -39,31 +41,38 @@ class Signature:
     ----------
     inputs, outputs
         Names, dtypes and dimensions, in the graph's order.
+    tokens
+        How many different tokens there are.
 
     """
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    tokens: int
 
 
-def signatures(text_width: int, tokens: int, latent_channels: int) -> dict[str, Signature]:
+def signatures(text_width: int, length: int, tokens: int, latent_channels: int) -> dict[str, Signature]:
     """Describe the four components of a model with these widths."""
     latent = (_BATCH, latent_channels, _HEIGHT, _WIDTH)
     image = (_BATCH, 3, _pixels(_HEIGHT), _pixels(_WIDTH))
-    embeddings = TensorSpec("text_embeddings", "float32", (_BATCH, tokens, text_width))
+    embeddings = TensorSpec("text_embeddings", "float32", (_BATCH, length, text_width))
     latents = TensorSpec("latents", "float32", latent)
     return {
         "text_encoder": Signature(
-            (TensorSpec("input_ids", "int64", (_BATCH, tokens)), TensorSpec("clip_skip", "int64", (1,))), (embeddings,)
+            (TensorSpec("input_ids", "int64", (_BATCH, length)), TensorSpec("clip_skip", "int64", (1,))),
+            (embeddings,),
+            tokens,
         ),
         "unet": Signature(
             (latents, TensorSpec("timestep", "float32", (1,)), embeddings),
             (TensorSpec("prediction", "float32", latent),),
+            tokens,
         ),
-        "vae_decoder": Signature((latents,), (TensorSpec("image", "float32", image),)),
+        "vae_decoder": Signature((latents,), (TensorSpec("image", "float32", image),), tokens),
         "vae_encoder": Signature(
             (TensorSpec("image", "float32", image),),
             (TensorSpec("mean", "float32", latent), TensorSpec("deviation", "float32", latent)),
+            tokens,
         ),
     }
 
@@ -125,7 +134,7 @@ def trace(module: nn.Module, examples: tuple[Tensor, ...], signature: Signature,
                 dynamic_shapes=_torch_dims(signature.inputs),
                 verbose=False,
             )
-        except (RuntimeError, torch.onnx.OnnxExporterError, torch._dynamo.exc.UserError) as error:
+        except (RuntimeError, torch.onnx.OnnxExporterError, UserError) as error:
             first = str(error).strip().splitlines()[0]
             raise ExportError(f"{type(module).__name__} could not be traced to ONNX: {first}") from error
         assert exported is not None
@@ -150,8 +159,6 @@ def _anonymise(model: Any) -> None:
 
 def _name_dims(model: Any, signature: Signature) -> None:
     """Give the dimensions the names of the signature where the tracer left formulas."""
-    import onnx_ir
-
     values = (*model.graph.inputs, *model.graph.outputs)
     for value, spec in zip(values, signature.inputs + signature.outputs, strict=True):
         value.shape = onnx_ir.Shape([size if isinstance(size, int) else size.name for size in spec.shape])
@@ -173,17 +180,15 @@ def _quiet() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-def examples(inputs: tuple[TensorSpec, ...], sizes: dict[str, int], vocabulary: int, seed: int) -> tuple[Tensor, ...]:
+def examples(signature: Signature, sizes: dict[str, int], seed: int) -> tuple[Tensor, ...]:
     """Draw random inputs of a component.
 
     Parameters
     ----------
-    inputs
+    signature
         What the component reads.
     sizes
         ``batch``, ``height`` and ``width``, the latter two in latent pixels.
-    vocabulary
-        How many tokens there are.
     seed
         Of the generator.
 
@@ -194,7 +199,7 @@ def examples(inputs: tuple[TensorSpec, ...], sizes: dict[str, int], vocabulary: 
     def draw(spec: TensorSpec) -> Tensor:
         shape = [size if isinstance(size, int) else sizes[size.name] for size in spec.shape]
         if spec.name == "input_ids":
-            return torch.randint(vocabulary, shape, generator=generator)
+            return torch.randint(signature.tokens, shape, generator=generator)
         if spec.name == "clip_skip":
             return torch.zeros(shape, dtype=torch.int64)
         if spec.name == "timestep":
@@ -203,4 +208,4 @@ def examples(inputs: tuple[TensorSpec, ...], sizes: dict[str, int], vocabulary: 
             return torch.rand(shape, generator=generator) * 2 - 1
         return torch.randn(shape, generator=generator)
 
-    return tuple(draw(spec) for spec in inputs)
+    return tuple(draw(spec) for spec in signature.inputs)

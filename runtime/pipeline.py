@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from contextlib import ExitStack, suppress
-from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, Unpack, overload
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Generator, Iterator, Sequence
+    from collections.abc import Callable, Generator, Sequence
 
     from numpy.typing import NDArray
     from PIL.Image import Image
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 OutputType = Literal["pil", "np", "latent"]
 OUTPUT_TYPES = ("pil", "np", "latent")
+
+StepCallback: TypeAlias = "Callable[[Pipeline, int, float, dict[str, Any]], dict[str, Any] | None]"
+"""Called with the pipeline, the step's index, its timestep and ``{"latents": ...}``."""
 
 
 def load(bundle: str | os.PathLike[str] | None = None) -> Pipeline:
@@ -79,12 +82,32 @@ class Pipeline:
         self._closed = False
         self.tokenizer = Tokenizer(bundle.folder / TOKENIZER)
 
+    @overload
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        output_type: Literal["pil"] = "pil",
+        callback_on_step_end: StepCallback | None = None,
+        **arguments: Unpack[Arguments],
+    ) -> list[Image]: ...
+
+    @overload
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        output_type: Literal["np", "latent"],
+        callback_on_step_end: StepCallback | None = None,
+        **arguments: Unpack[Arguments],
+    ) -> list[NDArray[np.float32]]: ...
+
     def __call__(
         self,
         prompt: str | Sequence[str],
         *,
         output_type: OutputType = "pil",
-        callback_on_step_end: Callable[[Pipeline, int, float, dict[str, Any]], dict[str, Any] | None] | None = None,
+        callback_on_step_end: StepCallback | None = None,
         **arguments: Unpack[Arguments],
     ) -> list[Image] | list[NDArray[np.float32]]:
         """Generate images.
@@ -114,8 +137,8 @@ class Pipeline:
         timestep_spacing
             ``leading``, ``trailing`` or ``linspace``; by default the sampler's own, as in diffusers.
         clip_skip
-            Last layers of the text encoder to leave out, as diffusers counts (A1111 counts one more); by default what
-            the bundle was built with.
+            Last layers of the text encoder to leave out, as diffusers counts (A1111 counts one more) and, as there,
+            for the prompt and not for the negative prompt; by default what the bundle was built with.
         latents
             Unit gaussian of shape (images, 4, height / 8, width / 8) to start from, instead of the seed's.
         output_type
@@ -158,7 +181,7 @@ class Pipeline:
             return list(latents)
         return self.decode(latents) if output_type == "np" else self.pictures(request, latents)
 
-    def steps(self, prompt: str | Sequence[str], **arguments: Unpack[Arguments]) -> Iterator[Step]:
+    def steps(self, prompt: str | Sequence[str], **arguments: Unpack[Arguments]) -> Generator[Step]:
         """Generate step by step: the denoising loop as a generator, to be stopped at will.
 
         It takes the arguments of a call but for what concerns the finished image. Turn the latents of any step into
@@ -184,8 +207,7 @@ class Pipeline:
         self, request: Request, shape: tuple[int, ...]
     ) -> Callable[[NDArray[np.float32], float], NDArray[np.float32]]:
         """Bind the U-Net, put in the text embeddings, and return the guided prediction as a function of x and t."""
-        texts = (*request.negative_prompts, *request.prompts) if request.guided else request.prompts
-        embeddings = self.embed(texts, clip_skip=request.clip_skip)
+        embeddings = self._condition(request)
         images, rows = shape[0], len(embeddings)
         batch = (rows, *shape[1:])
         binding = self._session("unet").bind(
@@ -215,6 +237,17 @@ class Pipeline:
             return guided_output
 
         return guided if request.guided else plain
+
+    def _condition(self, request: Request) -> NDArray[np.float32]:
+        """Embed what the U-Net is told: the negative prompts, where guided, then the prompts."""
+        if not request.guided:
+            return self.embed(request.prompts, clip_skip=request.clip_skip)
+        if not request.clip_skip:
+            return self.embed((*request.negative_prompts, *request.prompts))
+        # diffusers skips layers for the prompts alone; A1111 for both.
+        return np.concatenate(
+            [self.embed(request.negative_prompts), self.embed(request.prompts, clip_skip=request.clip_skip)]
+        )
 
     def embed(self, texts: Sequence[str], *, clip_skip: int = 0) -> NDArray[np.float32]:
         """Encode prompts, each different one once.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -17,6 +16,8 @@ from .samplers import resolve_sampler, sampler_table
 from .schedule import Schedule, check_count, is_number
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import ArrayLike, NDArray
 
     from ..engines.manifest import Manifest
@@ -162,7 +163,7 @@ def _texts(what: str, given: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def _unet_range(manifest: Manifest, axis: int) -> DimRange:
-    """What the U-Net's graph allows for an axis of the latents."""
+    """Give what the U-Net's graph allows for an axis of the latents."""
     (unet,) = (component for component in manifest.components if component.name == "unet")
     size = unet.inputs[0].shape[axis]
     return size if isinstance(size, DimRange) else DimRange("fixed", size, size)

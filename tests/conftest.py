@@ -2,41 +2,63 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
+import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-
 from bench.checkpoints import write_checkpoint
+
 from sdrt.engines.bundle import Bundle
 
-
-@pytest.fixture(scope="session")
-def session_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("session")
+if TYPE_CHECKING:
+    from sdrt.engines.manifest import Precision
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(session_folder: Path) -> Path:
+def workshop(request: pytest.FixtureRequest) -> Path:
+    """A folder for what takes a minute to make, kept in pytest's cache while the code that makes it is the same."""
+    cache = request.config.cache
+    assert cache is not None
+    root = Path(__file__).parents[1]
+    sources = [root / "constraints.txt", root / "bench" / "checkpoints.py", *sorted((root / "export").glob("*.py"))]
+    sources += [root / "engines" / name for name in ("bundle.py", "manifest.py", "publish.py")]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+    folder = cache.mkdir("workshop")
+    for other in folder.iterdir():
+        # Another session may be at work with the sources that we had yesterday.
+        if other.name != digest and time.time() - other.stat().st_mtime > 24 * 3600:
+            shutil.rmtree(other)
+    (folder / digest).mkdir(exist_ok=True)
+    return folder / digest
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(workshop: Path) -> Path:
     """A diffusers folder of Stable Diffusion v1's architecture, small, with random weights."""
-    return write_checkpoint(session_folder / "tiny", "diffusers", "tiny", seed=0)
+    return write_checkpoint(workshop / "tiny", "diffusers", "tiny", seed=0)
+
+
+def build_once(checkpoint: Path, output: Path, precision: Precision) -> Path:
+    if not output.exists():
+        from sdrt.export.build import build
+
+        build(str(checkpoint), output=output, precision=precision)
+    return output
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(session_folder: Path, tiny_checkpoint: Path) -> Path:
+def tiny_bundle(workshop: Path, tiny_checkpoint: Path) -> Path:
     """The fp32 ONNX bundle of that checkpoint."""
-    from sdrt.export.build import build
-
-    (session_folder / "bundles").mkdir(exist_ok=True)
-    return build(str(tiny_checkpoint), output=session_folder / "bundles" / "tiny", precision="fp32").folder
+    return build_once(tiny_checkpoint, workshop / "tiny-fp32", "fp32")
 
 
 @pytest.fixture(scope="session")
-def tiny_fp16_bundle(session_folder: Path, tiny_checkpoint: Path) -> Path:
+def tiny_fp16_bundle(workshop: Path, tiny_checkpoint: Path) -> Path:
     """The fp16 ONNX bundle of that checkpoint."""
-    from sdrt.export.build import build
-
-    (session_folder / "bundles").mkdir(exist_ok=True)
-    return build(str(tiny_checkpoint), output=session_folder / "bundles" / "tiny-fp16", precision="fp16").folder
+    return build_once(tiny_checkpoint, workshop / "tiny-fp16", "fp16")
 
 
 @pytest.fixture(autouse=True)

@@ -6,8 +6,10 @@ is one line on standard error. With ``--json`` standard output holds one JSON ob
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -19,7 +21,7 @@ from ._version import __version__
 from .errors import BundleCorruptError, InputError, MissingDependencyError, SdrtError, SdrtWarning
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 FAILURE, USAGE, INTERRUPTED = 1, 2, 130
 
@@ -203,24 +205,55 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code; tests call this in process."""
     warnings.showwarning = _show_warning
     warnings.simplefilter("always", SdrtWarning)
-    try:
-        cli.main(args=None if arguments is None else list(arguments), prog_name="sdrt", standalone_mode=False)
-    except click.exceptions.Exit as exit_:
-        return exit_.exit_code
-    except click.UsageError as error:
-        hint = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
-        return _fail(f"{error.format_message()}{hint}", USAGE)
-    except InputError as error:
-        return _fail(error, USAGE)
-    except BrokenPipeError:
-        # Whoever read our output has had enough, as head does; there is nobody left to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILURE
-    except (SdrtError, click.ClickException, OSError, MemoryError) as error:
-        return _fail(str(error) or "out of memory: try a smaller size or batch", FAILURE)
-    except (KeyboardInterrupt, click.Abort):
-        return _fail("interrupted", INTERRUPTED)
+    with _watching_for_ctrl_c() as was_interrupted:
+        try:
+            cli.main(args=None if arguments is None else list(arguments), prog_name="sdrt", standalone_mode=False)
+        except click.exceptions.Exit as exit_:
+            return exit_.exit_code
+        except BrokenPipeError:
+            # Whoever read our output has had enough, as head does; there is nobody left to tell.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return FAILURE
+        except (Exception, KeyboardInterrupt) as error:
+            if was_interrupted():
+                return _fail("interrupted", INTERRUPTED)
+            if isinstance(error, InputError | click.UsageError):
+                return _fail(_explained(error), USAGE)
+            if isinstance(error, SdrtError | click.ClickException | OSError | MemoryError):
+                return _fail(_explained(error), FAILURE)
+            raise
     return 0
+
+
+@contextlib.contextmanager
+def _watching_for_ctrl_c() -> Iterator[Callable[[], bool]]:
+    """Tell afterwards whether Ctrl-C was pressed.
+
+    What it raises does not say so always: an extension module that is interrupted while it loads reports an
+    ImportError. Once the exit code is settled, a second Ctrl-C shall not change it.
+    """
+    pressed = False
+
+    def interrupt(_signal: int, _frame: object) -> None:
+        nonlocal pressed
+        if not pressed:
+            pressed = True
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield lambda: pressed
+    finally:
+        if not pressed:
+            signal.signal(signal.SIGINT, before)
+
+
+def _explained(error: BaseException) -> str:
+    if isinstance(error, click.UsageError):
+        return error.format_message() + (f" (see {error.ctx.command_path} --help)" if error.ctx else "")
+    if isinstance(error, click.ClickException):
+        return error.format_message()
+    return str(error) or "out of memory: try a smaller size or batch"
 
 
 def _fail(error: object, code: int) -> int:

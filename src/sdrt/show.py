@@ -56,7 +56,9 @@ def bundle_table(bundle: Bundle) -> str:
         ("precision", manifest.precision),
         (
             "backend",
-            " ".join(filter(None, [backend.name, f"opset {backend.opset}" if backend.opset else None, backend.platform])),
+            " ".join(
+                filter(None, [backend.name, f"opset {backend.opset}" if backend.opset else None, backend.platform])
+            ),
         ),
         ("prediction", str(manifest.scheduler["prediction_type"])),
         (

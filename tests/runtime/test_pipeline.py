@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import threading
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -15,7 +14,12 @@ import torch
 
 import sdrt
 from sdrt.errors import BackendError, BundleCorruptError, InputError, SdrtWarning
+from sdrt.export.vocabulary import read_merges, vocabulary
 from sdrt.runtime.samplers import SAMPLERS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
 
 PROMPT, NEGATIVE = "Great Wall photo", "blurry, low quality"
 
@@ -27,22 +31,24 @@ def pipe(tiny_bundle: Path) -> Iterator[sdrt.Pipeline]:
 
 
 @pytest.fixture(scope="module")
-def reference(tiny_checkpoint: Path, tiny_bundle: Path) -> Any:
+def reference(tiny_checkpoint: Path) -> Any:
     """diffusers' StableDiffusionPipeline on the checkpoint that the bundle was built of."""
     import diffusers
     import transformers
 
     diffusers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)  # the layers are so small that a second thread costs more than it gives
     parts = {
         "unet": diffusers.UNet2DConditionModel.from_pretrained(tiny_checkpoint / "unet"),
         "vae": diffusers.AutoencoderKL.from_pretrained(tiny_checkpoint / "vae"),
         "text_encoder": transformers.CLIPTextModel.from_pretrained(tiny_checkpoint / "text_encoder"),
         "scheduler": diffusers.PNDMScheduler.from_pretrained(tiny_checkpoint / "scheduler"),
     }
-    model = json.loads((tiny_bundle / "tokenizer.json").read_text())["model"]
+    # transformers 5 took away a level that diffusers 0.42 still looks for when it skips layers.
+    object.__setattr__(parts["text_encoder"], "text_model", parts["text_encoder"])
     tokenizer = transformers.CLIPTokenizer(
-        vocab=model["vocab"],
-        merges=[tuple(m) if isinstance(m, list) else m for m in model["merges"]],
+        vocab=vocabulary(),
+        merges=[tuple(merge.split(" ")) for merge in read_merges()],
         pad_token="<|endoftext|>",
         model_max_length=77,
     )
@@ -196,7 +202,7 @@ def test_given_latents_take_the_place_of_the_seeds(pipe: sdrt.Pipeline) -> None:
     options: dict[str, Any] = {"num_inference_steps": 2, "width": 64, "height": 64, "output_type": "latent"}
     noise = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(11))
     from_seed = pipe(PROMPT, seed=11, **options)[0]
-    np.testing.assert_allclose(pipe(PROMPT, latents=noise, **options)[0], from_seed, atol=1e-5)
+    np.testing.assert_allclose(pipe(PROMPT, latents=noise, **options)[0], from_seed, atol=2e-4)
     assert from_seed.shape == (4, 8, 8)
 
 
@@ -326,8 +332,6 @@ def test_a_closed_pipeline_says_so(tiny_bundle: Path) -> None:
 
 
 def test_altered_weights_are_found_before_they_are_loaded(tiny_bundle: Path, tmp_path: Path) -> None:
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(tiny_bundle, copy)
     weights = copy / "unet.onnx.data"
@@ -341,8 +345,6 @@ def test_altered_weights_are_found_before_they_are_loaded(tiny_bundle: Path, tmp
 
 
 def test_a_bundle_for_a_backend_that_is_not_here_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(tiny_bundle, copy)
     manifest = json.loads((copy / "bundle.json").read_text())
