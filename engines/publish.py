@@ -235,7 +235,10 @@ def _ran_full(error: Exception, folder: Path) -> bool:
     if isinstance(error, DiskSpaceError):
         return False
     # libraries that write through C report a failed write without its cause
-    silent = not isinstance(error, SdrtError) and shutil.disk_usage(folder).free < _NOTHING_FREE
+    free = _NOTHING_FREE
+    with suppress(OSError):  # the folder itself may be what is gone
+        free = shutil.disk_usage(folder).free
+    silent = not isinstance(error, SdrtError) and free < _NOTHING_FREE
     return silent or _is_disk_full(error)
 
 
