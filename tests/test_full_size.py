@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from PIL import Image
-
 from bench import full_size
+from PIL import Image
 
 if TYPE_CHECKING:
     from pathlib import Path
