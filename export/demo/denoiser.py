@@ -26,6 +26,9 @@ __all__ = ["Denoiser", "alphas_cumprod", "new_tokenizer", "sample", "token_ids",
 _TIMESTEPS: Final = 1000
 _DROPPED: Final = 0.1  # share of captions left out, for classifier-free guidance (Ho & Salimans 2022)
 _SNR_CAP: Final = 5.0  # min-SNR weighting (Hang et al. 2023, arXiv:2303.09556)
+_COARSE_FROM: Final = 700  # step from which high noise, where captions decide about colours, counts more
+_PLACES_FROM: Final = 1300  # step from which higher noise still, and pairs, come up more often: they teach places
+_PAIRS: Final = 0.25  # share of pairs drawn on top, in this last part
 _MUON_RATE: Final = 0.015
 _ADAM_RATE: Final = 2e-3
 _SAVE_EVERY: Final = 100
@@ -164,25 +167,43 @@ def _latents(autoencoder: Any, scenes: list[Scene], rank: int, workers: int, pat
 
 
 def _batch(
-    scenes: list[Scene], latents: torch.Tensor, tokenizer: Tokenizer, rng: np.random.Generator, count: int
+    scenes: list[Scene], latents: torch.Tensor, tokenizer: Tokenizer, rng: np.random.Generator, count: int, *, step: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Latents and token ids of scenes drawn at random; every time a scene comes up it is described anew."""
     chosen = rng.integers(len(scenes), size=count)
+    if step >= _PLACES_FROM:
+        pairs = np.array([i for i, scene in enumerate(scenes) if scene.relation])
+        chosen = np.where(rng.random(count) < _PAIRS, pairs[rng.integers(len(pairs), size=count)], chosen)
     texts = ["" if rng.random() < _DROPPED else caption(scenes[i], rng) for i in chosen]
     return latents[torch.from_numpy(chosen)].float(), token_ids(tokenizer, texts)
 
 
 def _loss(
-    model: Denoiser, clean: torch.Tensor, ids: torch.Tensor, alphas: torch.Tensor, generator: torch.Generator
+    model: Denoiser,
+    clean: torch.Tensor,
+    ids: torch.Tensor,
+    alphas: torch.Tensor,
+    *,
+    step: int,
+    generator: torch.Generator,
 ) -> tuple[torch.Tensor, float]:
-    """Weighted epsilon error, and the plain one; timesteps are stratified over the batch."""
+    """Weighted epsilon error, and the plain one; timesteps are stratified over the batch.
+
+    What a caption says about the background matters only where noise hides it, in the noisiest fifth of the timesteps,
+    and there an error in the picture hardly shows in epsilon. So after a while these timesteps come up more often, and
+    an error in the picture counts with the square root of the signal-to-noise ratio instead of the ratio, up to 1.
+    """
     count = len(clean)
-    t = ((torch.arange(count) + torch.rand(count, generator=generator)) * (_TIMESTEPS / count)).long()
+    coarse = step >= _COARSE_FROM
+    u = (torch.arange(count) + torch.rand(count, generator=generator)) / count
+    power = 3.0 if step >= _PLACES_FROM else 1.7 if coarse else 1.0
+    t = ((1 - (1 - u) ** power) * _TIMESTEPS).long().clamp(max=_TIMESTEPS - 1)
     noise = torch.randn(clean.shape, generator=generator)
     alpha = alphas[t].view(-1, 1, 1, 1)
     error = (model(alpha.sqrt() * clean + (1 - alpha).sqrt() * noise, t, ids) - noise).pow(2).mean((1, 2, 3))
     snr = alphas[t] / (1 - alphas[t])
-    return (error * snr.clamp(max=_SNR_CAP) / snr).mean(), error.mean().item()
+    weight = snr.sqrt().clamp(max=1) / snr if coarse else snr.clamp(max=_SNR_CAP) / snr
+    return (error * weight).mean(), error.mean().item()
 
 
 def train_denoiser(
@@ -232,9 +253,9 @@ def train_denoiser(
             started = time.perf_counter()
             rng = np.random.default_rng([seed, 12, run.step, rank])
             generator = torch.Generator().manual_seed((seed * 1_000_003 + run.step) * workers + rank)
-            clean, ids = _batch(shown, latents, tokenizer, rng, batch)
+            clean, ids = _batch(shown, latents, tokenizer, rng, batch, step=run.step)
             run.rate(trapezoid_rate(run.step, steps))
-            loss, error = _loss(model, clean, ids, alphas, generator)
+            loss, error = _loss(model, clean, ids, alphas, step=run.step, generator=generator)
             torch.autograd.backward(loss)
             _average_gradients(parameters)
             run.advance()

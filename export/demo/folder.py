@@ -39,6 +39,8 @@ def write_folder(path: Path, autoencoder: Any, text_encoder: Any, unet: Any) -> 
     autoencoder.register_to_config(scaling_factor=LATENT_SCALE)
     for name, model in (("vae", autoencoder), ("text_encoder", text_encoder), ("unet", unet)):
         model.to(torch.float16).save_pretrained(path / name, safe_serialization=True)
+        for weights in (path / name).glob("*.safetensors"):
+            weights.chmod(0o644)  # safetensors leaves them to their owner alone
     PNDMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
     ).save_pretrained(path / "scheduler")

@@ -41,7 +41,7 @@ class Plan:
 @click.option("--out", type=click.Path(path_type=Path), default=None, help="The diffusers folder to write.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--autoencoder-steps", default=1600, show_default=True)
-@click.option("--steps", default=4000, show_default=True, help="Steps of text encoder and U-Net.")
+@click.option("--steps", default=3000, show_default=True, help="Steps of text encoder and U-Net.")
 @click.option("--scenes", default=12000, show_default=True, help="Scenes that text encoder and U-Net see.")
 @click.option("--workers", default=2, show_default=True, help="Processes of one thread each; each adds to the batch.")
 def main(**options: Path | int | None) -> None:
