@@ -74,10 +74,10 @@ def choose_files(files: Collection[str], where: str, *, ema: bool) -> Layout:
 
     """
     if INDEX not in files:
-        kind = "no such file"
+        kind = "there is no such file"
         if any(name in files for name in ("config.json", "diffusion_pytorch_model.safetensors", "model.safetensors")):
             kind = "it seems to be one part of a model, give the folder around it"
-        raise CheckpointError(f"{where} is no diffusers folder: expected {INDEX}, but there is {kind}")
+        raise CheckpointError(f"{where} is no diffusers folder: expected {INDEX}, but {kind}")
     weights: dict[PartName, tuple[str, ...]] = {}
     for part in PREFIXES:
         non_ema = {suffix: _shards(files, part, ".non_ema", suffix, where) for suffix in ("safetensors", "bin")}
