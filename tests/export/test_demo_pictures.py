@@ -37,12 +37,12 @@ def pipe(workshop: Path) -> Iterator[sdrt.Pipeline]:
         yield opened
 
 
-def _pictures(pipe: sdrt.Pipeline, prompts: list[str], **arguments: Any) -> Images:
-    arguments = {"num_inference_steps": 20, "guidance_scale": 5.0, "seed": 0, "output_type": "np"} | arguments
+def _pictures(pipe: sdrt.Pipeline, prompts: list[str], *, seed: int = 0, **arguments: Any) -> Images:
+    settings: dict[str, Any] = {"num_inference_steps": 20, "guidance_scale": 5.0} | arguments
     images: Images = []
     for start in range(0, len(prompts), 20):
-        batch = pipe(prompts[start : start + 20], **arguments | {"seed": arguments["seed"] + start})
-        images += [np.rint(np.asarray(image) * 255).astype(np.uint8) for image in batch]
+        batch = pipe(prompts[start : start + 20], output_type="np", seed=seed + start, **settings)
+        images += [np.rint(image * 255).astype(np.uint8) for image in batch]
     return images
 
 

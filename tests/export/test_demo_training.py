@@ -109,13 +109,14 @@ def test_an_interrupted_training_ends_like_an_uninterrupted_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(denoiser, "_SAVE_EVERY", 2)
+    monkeypatch.setattr(denoiser, "_GRID_PROMPTS", ("a red star on blue",))
     torch.set_num_threads(1)
     encoder = new_autoencoder().eval().requires_grad_(requires_grad=False)
 
     def train(name: str) -> dict[str, torch.Tensor]:
         (tmp_path / name).mkdir(exist_ok=True)
         trained = denoiser.train_denoiser(encoder, tmp_path / name, steps=4, seed=0, scenes=4, batch=2)
-        assert (tmp_path / name / "samples-00004.png").stat().st_size > 1000
+        assert (tmp_path / name / "samples-00004.png").stat().st_size > 500
         return dict(trained.state_dict())
 
     whole = train("whole")
