@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     from tests.export.demo_prompts import Asked
 
+pytestmark = pytest.mark.skipif(not model_folder().exists(), reason="the demo model does not ship yet")
+
 Images = list["NDArray[np.uint8]"]
 
 
