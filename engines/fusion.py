@@ -18,17 +18,19 @@ from ..errors import BundleCorruptError
 from .bundle import layers_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from .bundle import Bundle
 
-PatternKind = Literal["attention", "geglu", "group_norm", "layer_norm"]
+PatternKind = Literal["attention", "geglu", "group_norm", "silu", "layer_norm"]
 
 _NODE = re.compile(r"(?P<name>\S+) \[(?P<op>\w+)\] (?P<side>inputs|outputs): (?P<tensors>.*)")
 _NODE_TENSOR = re.compile(r"\[(?P<name>\S+) -> \(")
+_TENSORS = r"\[(?P<{}>(?: ?\{{[^}}]*\}},?)* ?)\]"
 _LAYER = re.compile(
-    r"Name: (?P<name>.+?), LayerType: (?P<kind>[^,]*), Inputs: \[(?P<inputs>.*?)\]"
-    r"(, Constants: \[.*?\])?, Outputs: \[(?P<outputs>.*?)\], (?P<rest>[A-Z]\w+:.*)"
+    "Name: (?P<name>.+?), LayerType: (?P<kind>[^,]*), "
+    f"Inputs: {_TENSORS.format('inputs')}, (Constants: {_TENSORS.format('constants')}, )?"
+    f"Outputs: {_TENSORS.format('outputs')}(?P<rest>.*)"
 )
 _TENSOR = re.compile(r"\{ Name: (?P<name>.*?), Dimensions: \[(?P<dimensions>[0-9,-]*)\].*?Datatype: (?P<dtype>\w+)")
 _ONNX = re.compile(r"\[ONNX Layer: (?P<node>[^\]]+)\]")
@@ -37,6 +39,17 @@ _PROFILE_MARK = re.compile(r"\[profile (?P<profile>[0-9]+)\]")
 _BYTES = {"Double": 8, "Int64": 8, "Float": 4, "Int32": 4, "Half": 2, "BFloat16": 2, "FP8": 1, "Int8": 1, "Bool": 1}
 # Myelin names its generated kernels after their operations, four letters each; these move data and compute nothing.
 _MOVES = re.compile(r"__myl_(Move|Resh|Tran|Conc|Slic|Cast|Pad|Gath|Bcst|Repl)+(_|$)")
+# By the operator that gives a pattern away: the nearest operators before it and after it, one after the other.
+_PATTERNS: Mapping[str, tuple[PatternKind, Sequence[str], Sequence[str]]] = {
+    "Softmax": ("attention", ("MatMul",), ("MatMul",)),
+    "Gelu": ("geglu", ("MatMul",), ("Mul",)),
+    "InstanceNormalization": ("group_norm", (), ("Mul", "Add")),
+    "GroupNormalization": ("group_norm", (), ()),
+    "LayerNormalization": ("layer_norm", (), ()),
+    "Sigmoid": ("silu", (), ("Mul",)),
+}
+# What a SiLU can ride on.
+_CARRIERS = {"InstanceNormalization", "GroupNormalization", "LayerNormalization", "Conv", "MatMul", "Gemm"}
 
 
 @dataclass(frozen=True)
@@ -97,14 +110,15 @@ class Pattern:
     Attributes
     ----------
     kind
-        ``attention`` (scores, softmax, weighted sum), ``geglu`` (projection, GELU, product), ``group_norm`` or
-        ``layer_norm``.
+        ``attention`` (scores, softmax, weighted sum), ``geglu`` (projection, GELU, product), ``group_norm``, ``silu``
+        (any product with a sigmoid) or ``layer_norm``.
     where
         The first named weight after it, which tells its place in the network.
     profile
         The optimisation profile.
     fused
-        Whether one layer does it all; for ``geglu``, whether its matrix multiplications do it all.
+        Whether one layer does it all; for ``geglu``, whether its matrix multiplications do it all; for ``silu``,
+        whether it rides on the normalisation or multiplication before it.
     layers
         The names of the layers that take part in it.
 
@@ -183,22 +197,11 @@ class BuildLog:
             for node in layer.nodes:
                 holders[layer.profile, node].append(layer)
         patterns = [
-            _match(kind, graph.where(core[-1]), profile, [holders[profile, node.name] for node in core])
+            graph.match(kind, core, profile, [holders[profile, node.name] for node in core])
             for kind, core in graph.patterns()
             for profile in profiles
         ]
         return FusionReport(tuple(self._layers), tuple(patterns))
-
-
-def _match(kind: PatternKind, where: str, profile: int, holders: Sequence[Sequence[Layer]]) -> Pattern:
-    # What has no input sets a counter to zero for the kernel that follows.
-    parts = {layer.name: layer for holder in holders for layer in holder if layer.inputs}
-    if kind == "geglu":
-        # The two halves of the projection are two matrix multiplications; GELU and product ride on them.
-        fused = bool(parts) and all(layer in holders[0] for layer in parts.values())
-    else:
-        fused = len(parts) == 1 and all(layer in holder for holder in holders for layer in parts.values())
-    return Pattern(kind, where, profile, fused, tuple(parts))
 
 
 def _layer(line: str) -> Layer | None:
@@ -220,6 +223,7 @@ class _Graph:
 
     def __init__(self, nodes: Iterable[_Node]) -> None:
         self.nodes = list(nodes)
+        self.ops = {node.name: node.op for node in self.nodes}
         self.producer = {tensor: node for node in self.nodes for tensor in node.outputs}
         self.consumers: dict[str, list[_Node]] = defaultdict(list)
         for node in self.nodes:
@@ -229,24 +233,30 @@ class _Graph:
     def patterns(self) -> Iterator[tuple[PatternKind, tuple[_Node, ...]]]:
         """Find each pattern's nodes, in the graph's order."""
         for node in self.nodes:
-            match node.op:
-                case "Softmax":
-                    ends = self._before(node, "MatMul"), self._after(node, "MatMul")
-                    if all(ends):
-                        yield "attention", (ends[0], node, ends[1])  # type: ignore[misc]  # not None: all() says so
-                case "Gelu":
-                    ends = self._before(node, "MatMul"), self._after(node, "Mul")
-                    if all(ends):
-                        yield "geglu", (ends[0], node, ends[1])  # type: ignore[misc]
-                case "InstanceNormalization":
-                    scale = self._after(node, "Mul")
-                    shift = self._after(scale, "Add") if scale else None
-                    if scale and shift:
-                        yield "group_norm", (node, scale, shift)
-                case "GroupNormalization":
-                    yield "group_norm", (node,)
-                case "LayerNormalization":
-                    yield "layer_norm", (node,)
+            if node.op in _PATTERNS:
+                kind, before, after = _PATTERNS[node.op]
+                core = [self._before(node, op) for op in before] + [node]
+                for op in after:
+                    core.append(self._after(core[-1], op) if core[-1] else None)
+                whole = tuple(found for found in core if found)
+                if len(whole) == len(core):
+                    yield kind, whole
+
+    def match(
+        self, kind: PatternKind, core: Sequence[_Node], profile: int, holders: Sequence[Sequence[Layer]]
+    ) -> Pattern:
+        """Tell what became of a pattern whose nodes are found in these layers."""
+        # What has no input sets a counter to zero for the kernel that follows.
+        parts = {layer.name: layer for holder in holders for layer in holder if layer.inputs}
+        if kind == "geglu":
+            # The two halves of the projection are two matrix multiplications; GELU and product ride on them.
+            fused = bool(parts) and all(layer in holders[0] for layer in parts.values())
+        else:
+            fused = len(parts) == 1 and all(layer in holder for holder in holders for layer in parts.values())
+        if kind == "silu":
+            ops = {self.ops.get(node) for layer in parts.values() for node in layer.nodes}
+            fused = fused and not ops.isdisjoint(_CARRIERS)
+        return Pattern(kind, self.where(core[-1]), profile, fused, tuple(parts))
 
     def where(self, node: _Node) -> str:
         """Name the first weight after a node by its path in the module."""

@@ -126,24 +126,31 @@ def run_beside(work: Callable[[], None], monitor: Monitor, tick: Callable[[], ob
 
     """
     failures: list[BaseException] = []
+    # Not Thread.join: in Python 3.11 an interrupt in it makes a running thread pass for finished.
+    ended = threading.Event()
 
     def run() -> None:
         try:
             work()
         except BaseException as error:  # noqa: BLE001 - handed to the caller's thread
             failures.append(error)
+        finally:
+            ended.set()
 
     thread = threading.Thread(target=run, name="tensorrt-build", daemon=True)
     thread.start()
     try:
-        while thread.is_alive():
+        tick()
+        while not ended.wait(_POLL_S):
             tick()
-            thread.join(_POLL_S)
     except BaseException:
         monitor.cancelled.set()
         # TensorRT stops at its next step; until then it must not find its folder gone.
-        thread.join()
+        ended.wait()
         raise
+    finally:
+        if ended.is_set():
+            thread.join()
     if failures:
         raise failures[0]
 

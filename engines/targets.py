@@ -41,7 +41,8 @@ _CARDS: Mapping[str, Sequence[str]] = {
 _CAPABILITY_OF = {card: capability for capability, cards in _CARDS.items() for card in cards}
 _SM = re.compile(r"sm_?(?P<major>[0-9]{1,2})(?P<minor>[0-9])")
 _DOTTED = re.compile(r"[0-9]{1,2}\.[0-9]")
-_FILLER = re.compile(r"nvidia|geforce|laptopgpu|[\s_-]")
+_SEPARATORS = re.compile(r"[\s_-]")
+_FILLER = re.compile(r"^(nvidia)?(geforce)?|(laptop)?(gpu)?$")
 
 
 def capability_of(target: str) -> str:
@@ -77,7 +78,7 @@ def capability_of(target: str) -> str:
         return f"{match['major']}.{match['minor']}"
     if _DOTTED.fullmatch(plain):
         return plain
-    card = _FILLER.sub("", plain)
+    card = _FILLER.sub("", _SEPARATORS.sub("", plain))
     for name in (card, f"rtx{card}"):
         if name in _CAPABILITY_OF:
             return _CAPABILITY_OF[name]

@@ -47,7 +47,7 @@ class Options:
     hardware_compatible
         TensorRT: the engine runs on Ampere and all later GPUs, slower than one built for its GPU alone.
     version_compatible
-        The engine loads in later versions of TensorRT too.
+        TensorRT: the engine loads in later versions of it too.
     refit
         The weights can be replaced without building again. Such engines may be slower.
 
@@ -213,6 +213,10 @@ class Builder:
             raise InputError(
                 "tensorrt-rtx builds for the targets that it is told: name several targets instead of asking for "
                 "hardware compatibility"
+            )
+        if self.backend == "tensorrt-rtx" and options.version_compatible:
+            raise InputError(
+                "tensorrt-rtx has no engines that load in other versions: build again after an update, or use tensorrt"
             )
         if self.backend == "tensorrt-rtx" and options.refit and not nvidia_gpus():
             raise InputError(
