@@ -111,7 +111,7 @@ def test_options_are_environment_variables(
         "SAMPLER": "euler",
         "OUTPUT": "e.png",
         "CFG_SCALE": "1",
-        "AS_JSON": "1",
+        "JSON": "1",
         "BUNDLE": "tiny",
     }.items():
         monkeypatch.setenv(f"SDRT_RUN_{name}", value)

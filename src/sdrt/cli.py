@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 FAILURE, USAGE, INTERRUPTED = 1, 2, 130
 
-_json = click.option("as_json", "--json", is_flag=True, help="Print one JSON object.")
+_json = click.option("--json", is_flag=True, help="Print one JSON object.")
 
 
 @click.group(
@@ -63,7 +63,7 @@ def cli() -> None:
 )
 @click.option("--force", is_flag=True, help="Replace a bundle that exists.")
 @_json
-def build(ckpt: str, output: Path | None, *, as_json: bool, **options: Any) -> None:
+def build(ckpt: str, output: Path | None, *, json: bool, **options: Any) -> None:
     """Build a bundle from a Stable Diffusion v1 checkpoint."""
     from . import progress  # noqa: PLC0415 - heavy imports wait for the command that needs them
 
@@ -74,7 +74,7 @@ def build(ckpt: str, output: Path | None, *, as_json: bool, **options: Any) -> N
         bundle = build_bundle(
             ckpt, output=output, command=shlex.join(["sdrt", *sys.argv[1:]]), report=report, **options
         )
-    if as_json:
+    if json:
         from .show import bundle_facts  # noqa: PLC0415
 
         _print_json(bundle_facts(bundle))
@@ -112,12 +112,12 @@ def _need(*packages: str) -> None:
     help="A .png, or a folder; several images get -0, -1, ... [default: named after the prompt, here]",
 )
 @_json
-def run(prompt: str, bundle: str | None, output: Path | None, *, as_json: bool, **options: Any) -> None:
+def run(prompt: str, bundle: str | None, output: Path | None, *, json: bool, **options: Any) -> None:
     """Generate images from PROMPT and save them as PNG."""
     from .generate import generate  # noqa: PLC0415
 
     facts = generate(prompt, bundle, output, **options)
-    if as_json:
+    if json:
         _print_json(facts)
     else:
         for image in facts["images"]:
@@ -126,13 +126,13 @@ def run(prompt: str, bundle: str | None, output: Path | None, *, as_json: bool, 
 
 @cli.command("list")
 @_json
-def list_(*, as_json: bool) -> None:
+def list_(*, json: bool) -> None:
     """List the bundles in SDRT_HOME."""
     from .engines import store  # noqa: PLC0415
     from .show import bundle_facts, list_table  # noqa: PLC0415
 
     listings = store.list_bundles()
-    if as_json:
+    if json:
         bundles = [
             bundle_facts(entry.bundle)
             if entry.bundle
@@ -149,26 +149,26 @@ def list_(*, as_json: bool) -> None:
 @cli.command()
 @click.argument("what", metavar="BUNDLE|PNG")
 @_json
-def inspect(what: str, *, as_json: bool) -> None:
+def inspect(what: str, *, json: bool) -> None:
     """Show what a bundle holds, or how a PNG was made."""
     if what.lower().endswith(".png"):
         from .runtime.images import read_parameters  # noqa: PLC0415
         from .runtime.parameters import parse  # noqa: PLC0415
 
         text = read_parameters(Path(what))
-        _print_json(parse(text)) if as_json else click.echo(text)
+        _print_json(parse(text)) if json else click.echo(text)
         return
     from .engines import store  # noqa: PLC0415
     from .show import bundle_facts, bundle_table  # noqa: PLC0415
 
     bundle = store.resolve(what)
-    _print_json(bundle_facts(bundle)) if as_json else click.echo(bundle_table(bundle))
+    _print_json(bundle_facts(bundle)) if json else click.echo(bundle_table(bundle))
 
 
 @cli.command()
 @click.argument("bundle")
 @_json
-def verify(bundle: str, *, as_json: bool) -> None:
+def verify(bundle: str, *, json: bool) -> None:
     """Check every file of a bundle against its SHA-256."""
     from . import progress  # noqa: PLC0415
     from .engines import store  # noqa: PLC0415
@@ -177,22 +177,22 @@ def verify(bundle: str, *, as_json: bool) -> None:
     found = Bundle.read(store.locate(bundle))
     with progress.bytes_bar("hashing", found.size) as advance:
         problems = list(found.problems(advance))
-    if as_json:
+    if json:
         _print_json({"bundle": str(found.folder), "whole": not problems, "problems": problems})
     if problems:
         raise BundleCorruptError(f"{found.folder} is damaged: {'; '.join(problems)}: copy or build it again")
-    if not as_json:
+    if not json:
         click.echo(f"{found.folder} is whole: {len(found.manifest.files)} files, {found.size} bytes")
 
 
 @cli.command()
 @_json
-def doctor(*, as_json: bool) -> None:
+def doctor(*, json: bool) -> None:
     """Tell what this machine can run, and what to install for more."""
     from .doctor import examine, table  # noqa: PLC0415
 
     facts = examine()
-    _print_json(facts) if as_json else click.echo(table(facts))
+    _print_json(facts) if json else click.echo(table(facts))
 
 
 def _print_json(facts: dict[str, Any]) -> None:
