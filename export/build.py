@@ -13,13 +13,13 @@ import torch
 
 from .._version import __version__
 from ..engines import store
-from ..engines.bundle import TOKENIZER, Bundle, hash_file, onnx_data_name, onnx_name, write_manifest
+from ..engines.bundle import MANIFEST, TOKENIZER, Bundle, hash_file, onnx_data_name, onnx_name, write_manifest
 from ..engines.devices import nvidia_gpus
 from ..engines.manifest import Backend, Component, Latent, Manifest, Model, Precision, Text, utc_now
 from ..engines.publish import publishing
 from ..errors import BundleExistsError, InputError
 from . import modules, parity
-from .checkpoint import read_checkpoint
+from .checkpoint import checkpoint_name, read_checkpoint
 from .trace import OPSET, examples, signatures, trace
 from .vocabulary import write_tokenizer
 
@@ -127,12 +127,12 @@ def build(
     """
     if name is not None:
         store.check_name(name)
-    _refuse_early(output, name, force=force)
+    title = name or (output.name if output is not None else checkpoint_name(ckpt))
+    _refuse_early(output or store.bundles_folder() / title, force=force)
     checkpoint = read_checkpoint(ckpt, ema=ema, progress=report)
     layers = int(checkpoint.text_encoder.config["num_hidden_layers"])
     check_clip_skip(clip_skip, layers)
     chosen: Precision = auto_precision() if precision == "auto" else precision
-    title = name or (output.name if output is not None else checkpoint.name)
     target = output if output is not None else store.place(title)
     itemsize = _DTYPES[chosen].itemsize
     sizes = {part: itemsize * _parameters(checkpoint, part) for part in ("text_encoder", "unet", "vae")}
@@ -153,10 +153,9 @@ def check_clip_skip(clip_skip: int, layers: int) -> None:
         raise InputError(f"clip skip is {clip_skip}: expected 0 to {layers - 1}, the text encoder has {layers} layers")
 
 
-def _refuse_early(output: Path | None, name: str | None, *, force: bool) -> None:
+def _refuse_early(target: Path, *, force: bool) -> None:
     """Say that the place is taken before gigabytes are downloaded; `publishing` looks again, under its lock."""
-    target = output if output is not None else store.bundles_folder() / name if name is not None else None
-    if target is not None and not force and (target / "bundle.json").exists():
+    if not force and (target / MANIFEST).exists():
         raise BundleExistsError(f"{target} exists already: give --force to replace it, or choose another name")
 
 

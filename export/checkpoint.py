@@ -182,8 +182,8 @@ def _safe_name(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip(".-")[:64].strip(".-") or "checkpoint"
 
 
-def _find(spec: str, progress: Progress, *, ema: bool) -> tuple[Path, str, str]:
-    """Bring what was named onto this machine: its path, the bundle's name and the source."""
+def _named(spec: str) -> tuple[Path | HubSpec, str]:
+    """Tell what `spec` names, without a look inside, and the name for a bundle of it."""
     path = Path(spec).expanduser()
     try:
         exists = path.exists()
@@ -191,15 +191,35 @@ def _find(spec: str, progress: Progress, *, ema: bool) -> tuple[Path, str, str]:
         raise InputError(f"{spec!r:.80} can be neither a path nor a Hugging Face repository") from None
     if exists and spec:
         resolved = path.resolve()
-        return path, _safe_name(resolved.stem if path.is_file() else resolved.name), resolved.name
-    hub: HubSpec | None = parse_hub_spec(spec)
+        return path, _safe_name(resolved.stem if path.is_file() else resolved.name)
+    hub = parse_hub_spec(spec)
     if hub is None:
         raise InputError(
             f"{spec!r:.120} does not exist: expected a file, a folder, v1-1 to v1-5, or a Hugging Face repository "
             "such as CompVis/stable-diffusion-v1-1"
         )
-    fetched = fetch(hub, ema=ema, progress=progress)
-    return fetched.path, _safe_name(hub.name), fetched.source
+    return hub, _safe_name(hub.name)
+
+
+def checkpoint_name(spec: str) -> str:
+    """Tell what a checkpoint will be called, before anything of it is read or downloaded.
+
+    Raises
+    ------
+    InputError
+        If `spec` names nothing.
+
+    """
+    return _named(spec)[1]
+
+
+def _find(spec: str, progress: Progress, *, ema: bool) -> tuple[Path, str, str]:
+    """Bring what was named onto this machine: its path, the bundle's name and the source."""
+    found, name = _named(spec)
+    if isinstance(found, Path):
+        return found, name, found.resolve().name
+    fetched = fetch(found, ema=ema, progress=progress)
+    return fetched.path, name, fetched.source
 
 
 def read_checkpoint(

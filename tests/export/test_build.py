@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -186,6 +187,9 @@ def test_clip_skip_is_bounded_by_the_layers(tiny_checkpoint: Path, tmp_path: Pat
 def test_a_taken_place_is_told_before_anything_is_read(tiny_bundle: Path) -> None:
     with pytest.raises(BundleExistsError, match="--force"):
         build("no/such-checkpoint", output=tiny_bundle)
+    shutil.copytree(tiny_bundle, store.place("v1-1"))
+    with pytest.raises(BundleExistsError, match="--force"):
+        build("v1-1")
 
 
 def start_build(checkpoint: Path) -> subprocess.Popen[str]:
