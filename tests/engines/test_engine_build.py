@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -14,7 +14,11 @@ from sdrt.engines import fusion, fusion_table
 from sdrt.engines.build import build_engines, default_choice, default_name
 from sdrt.engines.bundle import Bundle
 from sdrt.engines.devices import Gpu
+from sdrt.engines.targets import host_platform
 from sdrt.errors import BackendError, BundleCorruptError, BundleExistsError, InputError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 pytest.importorskip("tensorrt_rtx")
 
@@ -49,7 +53,7 @@ def test_the_bundle_is_whole_and_says_what_it_is_for(engines: Bundle, source: Bu
     manifest, backend = engines.manifest, engines.manifest.backend
     assert (manifest.kind, manifest.precision, manifest.name) == ("engine", "fp16", "tiny-engines")
     assert (backend.name, backend.opset, backend.compute_capabilities) == ("tensorrt-rtx", None, ("8.6", "8.9"))
-    assert (backend.version, backend.platform) == (manifest.tools["tensorrt_rtx"], build_module.host_platform())
+    assert (backend.version, backend.platform) == (manifest.tools["tensorrt_rtx"], host_platform())
     assert manifest.tools["torch"] == source.manifest.tools["torch"]
     assert (manifest.model, manifest.scheduler) == (source.manifest.model, source.manifest.scheduler)
     assert (engines.folder / "tokenizer.json").read_bytes() == (source.folder / "tokenizer.json").read_bytes()
@@ -107,7 +111,8 @@ def test_neither_torch_nor_onnx_is_imported(source: Bundle, tmp_path: Path) -> N
         "from pathlib import Path; import dataclasses\n"
         "bundle = Bundle.open(sys.argv[1])\n"
         "def stop(what, done, total):\n"
-        "    if what.startswith('U-Net'): raise SystemExit(sorted({'torch', 'onnx', 'onnxruntime'} & set(sys.modules)) or 0)\n"
+        "    if what.startswith('U-Net'):\n"
+        "        raise SystemExit(sorted({'torch', 'onnx', 'onnxruntime'} & set(sys.modules)) or 0)\n"
         "build_engines(bundle, backend='tensorrt-rtx', output=Path(sys.argv[2]), report=stop)"
     )
     command = [sys.executable, "-c", program, str(source.folder), str(tmp_path / "engines")]
