@@ -138,7 +138,11 @@ def test_an_empty_store_says_how_to_fill_it(capsys: pytest.CaptureFixture[str]) 
 
 def test_doctor_names_what_is_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
-    assert re.search(r"onnxruntime +run ONNX bundles +\d+\.\d+", capsys.readouterr().out)
+    out = capsys.readouterr().out
+    assert re.search(r"onnxruntime +run ONNX bundles, on the CPU +\d+\.\d+.*CPU", out)
+    assert re.search(r"export +build bundles from checkpoints +2\.", out)
+    for backend in ("openvino", "tensorrt-rtx", "tensorrt"):
+        assert re.search(rf"^{backend} +nothing in this version", out, re.MULTILINE)
 
 
 @pytest.mark.parametrize(

@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 
 class _Part(NamedTuple):
-    """Something that can be installed: a backend, or the building of bundles."""
+    """Something that can be installed: a backend, or the building of bundles; `extra` is None for what is to come."""
 
     name: str
     module: str
     packages: tuple[str, ...]
-    extra: str
+    extra: str | None
     use: str
     devices: Callable[[], list[str]]
 
@@ -34,23 +34,33 @@ class _Part(NamedTuple):
 def _onnxruntime_devices() -> list[str]:
     import onnxruntime  # noqa: PLC0415
 
-    return [name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers()]
+    # Every build also lists Azure, which is a service and no device.
+    names = [name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers()]
+    return [name for name in names if name != "Azure"]
 
 
 def _cpu() -> list[str]:
     return ["CPU"]
 
 
+def _none() -> list[str]:
+    return []
+
+
+_TO_COME = "nothing in this version of sdrt"
 _PARTS = (
     _Part(
         "onnxruntime",
         "onnxruntime",
         ("onnxruntime", "onnxruntime-gpu"),
         "cpu",
-        "run ONNX bundles",
+        "run ONNX bundles, on the CPU",
         _onnxruntime_devices,
     ),
     _Part("export", "torch", ("torch",), "export", "build bundles from checkpoints", _cpu),
+    _Part("openvino", "openvino", ("openvino",), None, _TO_COME, _none),
+    _Part("tensorrt-rtx", "tensorrt_rtx", ("tensorrt-rtx", "tensorrt_rtx"), None, _TO_COME, _none),
+    _Part("tensorrt", "tensorrt", ("tensorrt",), None, _TO_COME, _none),
 )
 
 
@@ -82,8 +92,10 @@ def examine() -> dict[str, Any]:
 def _examine_part(part: _Part) -> dict[str, Any]:
     facts: dict[str, Any] = {"use": part.use, "installed": False, "version": None, "devices": [], "problem": None}
     if importlib.util.find_spec(part.module) is None:
-        return facts | {"install": f"pip install 'sdrt[{part.extra}]'"}
+        return facts | {"install": part.extra and f"pip install 'sdrt[{part.extra}]'"}
     facts |= {"installed": True, "version": _version(part.packages), "install": None}
+    if part.extra is None:
+        return facts
     try:
         importlib.import_module(part.module)
         facts["devices"] = part.devices()
