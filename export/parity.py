@@ -116,6 +116,10 @@ def _draw(signature: Signature, sizes: dict[str, int]) -> tuple[Tensor, ...]:
 def measure(component: str, graph: Path, signature: Signature, cases: list[Case], precision: Precision) -> Parity:
     """Run a graph in onnxruntime on the CPU and compare.
 
+    onnxruntime has no float16 kernels for the CPU: it computes such nodes in float32 and rounds at the casts between
+    them, fewer than a GPU would. What is measured in fp16 is the rounding of the weights and of what crosses a cast;
+    whether activations fit into float16 is seen to by `autoencoder_cases`.
+
     Parameters
     ----------
     component
