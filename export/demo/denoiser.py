@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
-from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from ..vocabulary import write_tokenizer
 from .autoencoder import LATENT_SCALE, to_images, to_tensor
 from .captions import caption
 from .muon import Muon
-from .networks import new_text_encoder, new_unet
+from .networks import new_unet
 from .progress import Average, Run, save_grid, trapezoid_rate
 from .scenes import Scene, draw, sample_scene
+from .tokens import new_tokenizer, token_ids
 
-__all__ = ["Denoiser", "alphas_cumprod", "new_tokenizer", "sample", "token_ids", "train_denoiser"]
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tokenizers import Tokenizer
+
+__all__ = ["Denoiser", "alphas_cumprod", "sample", "train_denoiser"]
 
 _TIMESTEPS: Final = 1000
 _DROPPED: Final = 0.1  # share of captions left out, for classifier-free guidance (Ho & Salimans 2022)
 _SNR_CAP: Final = 5.0  # min-SNR weighting (Hang et al. 2023, arXiv:2303.09556)
-_COARSE_FROM: Final = 700  # step from which high noise, where captions decide about colours, counts more
-_PLACES_FROM: Final = 1300  # step from which higher noise still, and pairs, come up more often: they teach places
-_PAIRS: Final = 0.25  # share of pairs drawn on top, in this last part
+_COARSE_FROM: Final = 500  # step from which high noise, where captions decide, counts more
+_COARSE_POWER: Final = 2.2
+_PAIRS: Final = 0.25  # share of pairs drawn on top of those that are as frequent as single objects
 _MUON_RATE: Final = 0.015
+_TEXT_RATE: Final = (
+    0.1  # of the U-Net's: the text encoder knows its trade already, and an untrained U-Net teaches it nothing
+)
 _ADAM_RATE: Final = 2e-3
 _SAVE_EVERY: Final = 100
 _GRID_EVERY: Final = 300
@@ -48,30 +53,15 @@ _GRID_PROMPTS: Final = (
 class Denoiser(torch.nn.Module):
     """Text encoder and U-Net: noise in latents, given timesteps and token ids."""
 
-    def __init__(self) -> None:
+    def __init__(self, text_encoder: Any) -> None:
         super().__init__()
-        self.text_encoder = new_text_encoder()
+        self.text_encoder = text_encoder
         self.unet = new_unet()
 
     def forward(self, latents: torch.Tensor, timesteps: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Predict epsilon: (N, 4, H, W) latents, (N,) timesteps, (N, 77) ids to (N, 4, H, W)."""
         prediction: torch.Tensor = self.unet(latents, timesteps, self.text_encoder(ids).last_hidden_state).sample
         return prediction
-
-
-def new_tokenizer() -> Tokenizer:
-    """Return CLIP's tokenizer, padding to 77 with the end-of-text token as Stable Diffusion v1 does."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "tokenizer.json"
-        write_tokenizer(path)
-        tokenizer = Tokenizer.from_file(str(path))
-    tokenizer.enable_padding(length=77, pad_id=49407, pad_token="<|endoftext|>")  # noqa: S106 - no password
-    return tokenizer
-
-
-def token_ids(tokenizer: Tokenizer, texts: list[str]) -> torch.Tensor:
-    """(N, 77) int64 ids of texts."""
-    return torch.tensor([encoding.ids for encoding in tokenizer.encode_batch(texts)])
 
 
 def alphas_cumprod() -> torch.Tensor:
@@ -105,28 +95,23 @@ def sample(
     return x
 
 
-def _used_tokens(tokenizer: Tokenizer, seed: int) -> list[int]:
-    """Ids that captions use, found by writing many of them."""
-    rng = np.random.default_rng([seed, 10])
-    texts = [caption(sample_scene(rng), rng) for _ in range(4000)]
-    return sorted({i for encoding in tokenizer.encode_batch(texts) for i in encoding.ids})
-
-
-def _prepare(model: Denoiser, used: list[int]) -> list[torch.optim.Optimizer]:
-    """Start values and optimisers."""
+def _prepare(model: Denoiser) -> list[torch.optim.Optimizer]:
+    """Start values of the U-Net, and optimisers."""
     with torch.no_grad():
-        table = model.text_encoder.get_input_embeddings().weight
-        table[used] = torch.randn(len(used), table.shape[1]) * 0.1
         model.unet.conv_out.weight.zero_()
         for name, module in model.unet.named_modules():
             if name.endswith("proj_out"):
                 module.weight.zero_()
-    matrices: list[torch.Tensor] = []
-    others: list[torch.Tensor] = []
-    for name, parameter in model.named_parameters():
-        outer = "embeddings." in name or name.startswith(("unet.conv_in", "unet.conv_out"))
-        (matrices if parameter.ndim > 1 and not outer else others).append(parameter)
-    return [Muon(matrices, lr=_MUON_RATE), torch.optim.AdamW(others, lr=_ADAM_RATE, betas=(0.9, 0.98), weight_decay=0)]
+    muon, adam = [], []
+    for part, share in ((model.text_encoder, _TEXT_RATE), (model.unet, 1.0)):
+        matrices: list[torch.Tensor] = []
+        others: list[torch.Tensor] = []
+        for name, parameter in part.named_parameters():
+            outer = "embeddings." in name or name.startswith(("conv_in", "conv_out"))
+            (matrices if parameter.ndim > 1 and not outer else others).append(parameter)
+        muon.append({"params": matrices, "lr": share * _MUON_RATE})
+        adam.append({"params": others, "lr": share * _ADAM_RATE})
+    return [Muon(muon, lr=_MUON_RATE), torch.optim.AdamW(adam, lr=_ADAM_RATE, betas=(0.9, 0.98), weight_decay=0)]
 
 
 def _average_gradients(parameters: list[torch.nn.Parameter]) -> None:
@@ -167,13 +152,12 @@ def _latents(autoencoder: Any, scenes: list[Scene], rank: int, workers: int, pat
 
 
 def _batch(
-    scenes: list[Scene], latents: torch.Tensor, tokenizer: Tokenizer, rng: np.random.Generator, count: int, *, step: int
+    scenes: list[Scene], latents: torch.Tensor, tokenizer: Tokenizer, rng: np.random.Generator, count: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Latents and token ids of scenes drawn at random; every time a scene comes up it is described anew."""
+    pairs = np.array([i for i, scene in enumerate(scenes) if scene.relation] or [0])
     chosen = rng.integers(len(scenes), size=count)
-    if step >= _PLACES_FROM:
-        pairs = np.array([i for i, scene in enumerate(scenes) if scene.relation])
-        chosen = np.where(rng.random(count) < _PAIRS, pairs[rng.integers(len(pairs), size=count)], chosen)
+    chosen = np.where(rng.random(count) < _PAIRS, pairs[rng.integers(len(pairs), size=count)], chosen)
     texts = ["" if rng.random() < _DROPPED else caption(scenes[i], rng) for i in chosen]
     return latents[torch.from_numpy(chosen)].float(), token_ids(tokenizer, texts)
 
@@ -196,7 +180,7 @@ def _loss(
     count = len(clean)
     coarse = step >= _COARSE_FROM
     u = (torch.arange(count) + torch.rand(count, generator=generator)) / count
-    power = 3.0 if step >= _PLACES_FROM else 1.7 if coarse else 1.0
+    power = _COARSE_POWER if coarse else 1.0
     t = ((1 - (1 - u) ** power) * _TIMESTEPS).long().clamp(max=_TIMESTEPS - 1)
     noise = torch.randn(clean.shape, generator=generator)
     alpha = alphas[t].view(-1, 1, 1, 1)
@@ -208,6 +192,7 @@ def _loss(
 
 def train_denoiser(
     autoencoder: Any,
+    text_encoder: Any,
     work: Path,
     *,
     steps: int,
@@ -223,6 +208,8 @@ def train_denoiser(
     ----------
     autoencoder
         Trained, with latents of standard deviation 1 / 0.18215.
+    text_encoder
+        Trained to read captions; it goes on learning.
     work
         Folder for the state (`denoiser.pt`), the latents and sample grids.
     steps
@@ -239,10 +226,9 @@ def train_denoiser(
     """
     torch.manual_seed(seed)
     tokenizer = new_tokenizer()
-    model = Denoiser()
-    optimisers = _prepare(model, _used_tokens(tokenizer, seed))
+    model = Denoiser(text_encoder)
     parameters = list(model.parameters())
-    run = Run(work / "denoiser.pt", model, optimisers, Average(parameters, 0.998))
+    run = Run(work / "denoiser.pt", model, _prepare(model), Average(parameters, 0.998))
     run.resume()
     rng = np.random.default_rng([seed, 11])
     shown = [sample_scene(rng) for _ in range(scenes)]
@@ -253,7 +239,7 @@ def train_denoiser(
             started = time.perf_counter()
             rng = np.random.default_rng([seed, 12, run.step, rank])
             generator = torch.Generator().manual_seed((seed * 1_000_003 + run.step) * workers + rank)
-            clean, ids = _batch(shown, latents, tokenizer, rng, batch, step=run.step)
+            clean, ids = _batch(shown, latents, tokenizer, rng, batch)
             run.rate(trapezoid_rate(run.step, steps))
             loss, error = _loss(model, clean, ids, alphas, step=run.step, generator=generator)
             torch.autograd.backward(loss)

@@ -31,7 +31,7 @@ class Muon(torch.optim.Optimizer):
     Parameters
     ----------
     parameters
-        Tensors of two dimensions or more.
+        Tensors of two dimensions or more, or groups of them as for other optimisers.
     lr
         Spectral norm of one step, for a square matrix.
     momentum
@@ -39,7 +39,9 @@ class Muon(torch.optim.Optimizer):
 
     """
 
-    def __init__(self, parameters: Iterable[torch.Tensor], lr: float, momentum: float = 0.95) -> None:
+    def __init__(
+        self, parameters: Iterable[torch.Tensor] | Iterable[dict[str, Any]], lr: float, momentum: float = 0.95
+    ) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()

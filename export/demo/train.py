@@ -16,6 +16,7 @@ from torch.multiprocessing.spawn import spawn
 from .autoencoder import train_autoencoder
 from .denoiser import train_denoiser
 from .folder import write_folder
+from .reading import train_text_encoder
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Plan:
     out: Path | None
     seed: int
     autoencoder_steps: int
+    text_steps: int
     steps: int
     scenes: int
     workers: int
@@ -41,15 +43,17 @@ class Plan:
 @click.option("--out", type=click.Path(path_type=Path), default=None, help="The diffusers folder to write.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--autoencoder-steps", default=1600, show_default=True)
-@click.option("--steps", default=3000, show_default=True, help="Steps of text encoder and U-Net.")
+@click.option("--text-steps", default=1000, show_default=True, help="First steps of the text encoder, on thumbnails.")
+@click.option("--steps", default=4000, show_default=True, help="Steps of text encoder and U-Net.")
 @click.option("--scenes", default=12000, show_default=True, help="Scenes that text encoder and U-Net see.")
 @click.option("--workers", default=2, show_default=True, help="Processes of one thread each; each adds to the batch.")
 def main(**options: Path | int | None) -> None:
-    """Train the autoencoder, then text encoder and U-Net; go on with what was interrupted."""
+    """Train autoencoder, text encoder on thumbnails, then it and the U-Net; go on with what was interrupted."""
     plan = Plan(**options)  # type: ignore[arg-type]  # click's options are the fields
     torch.set_num_threads(1)  # workers share the cores better than threads, which wait for each other at every layer
     plan.work.mkdir(parents=True, exist_ok=True)
     train_autoencoder(plan.work, steps=plan.autoencoder_steps, seed=plan.seed)
+    train_text_encoder(plan.work, steps=plan.text_steps, seed=plan.seed)
     plan.meeting.unlink(missing_ok=True)  # what an interrupted run left
     spawn(_worker, (plan,), nprocs=plan.workers)  # type: ignore[no-untyped-call]
 
@@ -62,6 +66,7 @@ def _worker(rank: int, plan: Plan) -> None:
     autoencoder = train_autoencoder(plan.work, steps=plan.autoencoder_steps, seed=plan.seed)
     model = train_denoiser(
         autoencoder,
+        train_text_encoder(plan.work, steps=plan.text_steps, seed=plan.seed),
         plan.work,
         steps=plan.steps,
         seed=plan.seed,
