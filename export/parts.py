@@ -94,6 +94,7 @@ _FIELDS: Final[dict[PartName, dict[str, _Field]]] = {
         "flip_sin_to_cos": _Field(bool),
         "freq_shift": _Field(int, low=0, high=1),
         "use_linear_projection": _Field(bool),
+        "sample_size": _Field(int, high=1024),
     },
     "vae": {
         "in_channels": _Field(int, high=64),
@@ -130,6 +131,7 @@ _DEFAULTS: Final[dict[PartName, dict[str, Any]]] = {
         "flip_sin_to_cos": True,
         "freq_shift": 0,
         "use_linear_projection": False,
+        "sample_size": 64,
     },
     "vae": {
         "in_channels": 3,

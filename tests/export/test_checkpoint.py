@@ -244,8 +244,16 @@ def test_configurations_that_lie(folder: Path, file: str, changes: dict[str, Any
     assert "\n" not in str(caught.value)
 
 
+def test_the_size_that_a_model_was_trained_for_is_kept(folder: Path, tiny_checkpoint: Path) -> None:
+    assert read_checkpoint(str(tiny_checkpoint)).unet.config["sample_size"] == 64
+    edit(folder / "unet/config.json", sample_size=96)
+    assert read_checkpoint(str(folder)).unet.config["sample_size"] == 96
+    edit(folder / "unet/config.json", sample_size=None)
+    assert read_checkpoint(str(folder)).unet.config["sample_size"] == 64
+
+
 def test_settings_that_change_nothing_are_passed_over(folder: Path, tiny_checkpoint: Path) -> None:
-    edit(folder / "unet/config.json", sample_size=96, upcast_attention=True, dropout=0.0, num_class_embeds=None, _x="y")
+    edit(folder / "unet/config.json", upcast_attention=True, dropout=0.0, num_class_embeds=None, _x="y")
     edit(folder / "unet/config.json", transformer_layers_per_block=1, conv_in_kernel=3, only_cross_attention=False)
     edit(folder / "vae/config.json", force_upcast=False, sample_size=32)
     edit(folder / "text_encoder/config.json", eos_token_id=2, torch_dtype="float16", dropout=0.0)
