@@ -257,7 +257,7 @@ def _manifest(checkpoint: Checkpoint, folder: Path, components: tuple[Component,
             checkpoint.unet.config["in_channels"],
             2 ** (len(vae["block_out_channels"]) - 1),
             float(vae.get("scaling_factor", 0.18215)),
-            int(checkpoint.unet.config.get("sample_size") or 64),
+            int(checkpoint.unet.config["sample_size"]),
         ),
         text=Text(
             text["hidden_size"],
