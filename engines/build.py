@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from .._version import __version__
 from ..errors import InputError
@@ -17,7 +17,7 @@ from .devices import nvidia_gpus
 from .manifest import Backend, Component, utc_now
 from .profiles import check_sizes, profiles_of, tensors_of
 from .publish import publishing
-from .targets import DEFAULT_TARGET, capabilities_of, host_platform, sm_name
+from .targets import DEFAULT_TARGET, capabilities_of, host_platform, parse_targets, sm_name
 from .tensorrt import MODULES, BackendName, Builder, Options, supported_capabilities
 from .verified import verify_once
 
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from .manifest import InputRange, Precision
+    from .devices import Gpu
+    from .manifest import InputRange
 
 Report = Callable[[str, int, int], None]
 """Told what is being done, how many bytes of it are done, and of how many."""
@@ -43,48 +44,62 @@ class Choice:
     Attributes
     ----------
     backend
-        ``onnx`` for an ONNX bundle alone.
+        Of the engines; None to build no engines.
     targets
-        What to give `build_engines`; empty for ``onnx``.
-    precision
-        Of the ONNX bundle that it needs.
+        What to give `build_engines`.
+    missing
+        The backend that would have to be installed for engines, where there are none.
     why
         One line for the user: why this, and what to install for more.
 
     """
 
-    backend: Literal["onnx"] | BackendName
+    backend: BackendName | None
     targets: tuple[str, ...]
-    precision: Precision
+    missing: BackendName | None
     why: str
 
 
-def default_choice() -> Choice:
-    """Choose for this machine: engines for its GPU; without one but with TensorRT-RTX, for the RTX 3090; or ONNX."""
-    gpus, rtx = nvidia_gpus(), _installed("tensorrt-rtx")
-    if gpus:
-        gpu = gpus[0]
-        named = f"{gpu.name} (compute capability {gpu.compute_capability})"
-        if _installed("tensorrt"):
-            return Choice("tensorrt", ("native",), "fp16", f"building with TensorRT for the {named} of this machine")
-        if rtx and gpu.compute_capability in supported_capabilities("tensorrt-rtx"):
-            return Choice(
-                "tensorrt-rtx", ("native",), "fp16", f"building with TensorRT-RTX for the {named} of this machine"
-            )
-        missing = "sdrt[trt]" if rtx else "sdrt[rtx]' or 'sdrt[trt]"
-        return Choice(
-            "onnx", (), "fp16", f"building ONNX graphs alone: for engines for the {named}, pip install '{missing}'"
-        )
-    if rtx:
-        why = f"there is no NVIDIA GPU here: building for the {DEFAULT_TARGET} with TensorRT-RTX; choose with --target"
-        return Choice("tensorrt-rtx", (DEFAULT_TARGET,), "fp16", why)
-    return Choice(
-        "onnx", (), "fp32", "building ONNX graphs alone: for engines for NVIDIA GPUs, pip install 'sdrt[rtx]'"
-    )
+def default_choice(targets: Sequence[str] = ()) -> Choice:
+    """Choose for this machine: engines for its GPU; without one but with TensorRT-RTX, for the RTX 3090; or none.
+
+    Parameters
+    ----------
+    targets
+        What was named, if anything was: then the backend is one that builds for it.
+
+    Raises
+    ------
+    InputError
+        A target is not known.
+    BackendError
+        A backend is installed and does not load.
+
+    """
+    gpus = nvidia_gpus()
+    wanted = tuple(targets) or ("native" if gpus else DEFAULT_TARGET,)
+    capabilities = set(parse_targets(wanted).values())
+    candidates: tuple[BackendName, ...] = ("tensorrt", "tensorrt-rtx") if gpus else ("tensorrt-rtx",)
+    installed = [backend for backend in candidates if find_spec(MODULES[backend][0]) is not None]
+    suitable = [backend for backend in installed if capabilities <= set(supported_capabilities(backend))]
+    # Where none builds for what was named, the last says for what it builds.
+    if found := suitable[:1] or (installed[-1:] if targets else []):
+        if targets:
+            why = f"building engines with {found[0]}"
+        elif gpus:
+            why = f"building engines with {found[0]} for the {_described(gpus[0])} of this machine"
+        else:
+            why = f"there is no NVIDIA GPU here: building engines for the {DEFAULT_TARGET} with {found[0]}"
+        return Choice(found[0], wanted, None, why)
+    missing: BackendName = "tensorrt" if installed else "tensorrt-rtx"
+    purpose = f"the {_described(gpus[0])} of this machine" if gpus else "NVIDIA GPUs"
+    extras = "'sdrt[trt]'" if installed else "'sdrt[rtx]' or 'sdrt[trt]'" if gpus else "'sdrt[rtx]'"
+    why = f"building ONNX graphs alone: for engines for {purpose}, pip install {extras}"
+    return Choice(None, (), missing, why)
 
 
-def _installed(backend: BackendName) -> bool:
-    return find_spec(MODULES[backend][0]) is not None
+def _described(gpu: Gpu) -> str:
+    return f"{gpu.name} (compute capability {gpu.compute_capability})"
 
 
 def build_engines(
@@ -112,7 +127,7 @@ def build_engines(
     backend
         ``tensorrt-rtx``, which needs no GPU, or ``tensorrt``, which builds on the GPU that will run the engines.
     targets
-        Cards or compute capabilities, as `.targets.capability_of` takes them; all of them share one set of plans. By
+        Cards or compute capabilities, as `.targets.capabilities_of` takes them; all of them share one set of plans. By
         default the RTX 3090 for ``tensorrt-rtx`` and the GPU of this machine for ``tensorrt``.
     sizes
         Width and height of images in pixels; by default what the model was trained for.
@@ -156,14 +171,16 @@ def build_engines(
 
     """
     _check_source(source, allow_fp32=allow_fp32)
-    builder = _builder(backend, targets, options)
-    shapes = tuple(sizes) or (_trained_size(source),)
-    check_sizes(source, shapes, images)
+    builder = builder_for(backend, targets, options)
+    shapes, factor = tuple(sizes) or (_trained_size(source),), source.manifest.latent.scale_factor
+    check_sizes(source.component("unet").inputs, factor, shapes, images)
     chosen = [
-        (component, profiles_of(component, shapes, images, source.manifest.latent.scale_factor, dynamic=dynamic))
+        (component, profiles_of(component, shapes, images, factor, dynamic=dynamic))
         for component in source.manifest.components
     ]
-    title = name or (output.name if output is not None else default_name(source, backend, builder.capabilities))
+    if name is not None:
+        store.check_name(name)
+    title = name or (output.name if output is not None else default_name(source.name, backend, builder.capabilities))
     target = output if output is not None else store.place(title)
     weights = {component.name: sum(entry.bytes for entry in component.files) for component, _ in chosen}
     expected = sum(weights[component.name] + _PROFILE_BYTES * len(profiles) for component, profiles in chosen)
@@ -196,9 +213,31 @@ def build_engines(
     return Bundle.open(target)
 
 
-def default_name(source: Bundle, backend: BackendName, capabilities: Sequence[str]) -> str:
-    """Name an engine bundle after its source, backend and targets, such as ``v1-1-rtx-sm86``."""
-    return "-".join([source.name, _SHORT[backend], *map(sm_name, capabilities)])
+def default_name(source: str, backend: BackendName, capabilities: Sequence[str]) -> str:
+    """Name an engine bundle after its ONNX bundle, backend and targets: of ``v1-1-fp16`` it is ``v1-1-rtx-sm86``."""
+    return "-".join([source.removesuffix("-fp16"), _SHORT[backend], *map(sm_name, capabilities)])
+
+
+def builder_for(backend: BackendName, targets: Sequence[str] = (), options: Options | None = None) -> Builder:
+    """Set a builder up, which tells all that is wrong with a request but for the sizes.
+
+    Parameters
+    ----------
+    backend, targets, options
+        As `build_engines`.
+
+    Raises
+    ------
+    InputError, MissingDependencyError, BackendError
+        As `build_engines`.
+
+    """
+    default = "native" if backend == "tensorrt" else DEFAULT_TARGET
+    capabilities = capabilities_of(targets or (default,), supported_capabilities(backend))
+    if backend == "tensorrt" and len(capabilities) > 1:
+        raise InputError("tensorrt builds for one GPU at a time: give one target, or use tensorrt-rtx for several")
+    cache = store.home() / "timing" / f"{backend}-{'-'.join(map(sm_name, capabilities))}.cache"
+    return Builder(backend, capabilities, options, cache)
 
 
 def _check_source(source: Bundle, *, allow_fp32: bool) -> None:
@@ -210,18 +249,9 @@ def _check_source(source: Bundle, *, allow_fp32: bool) -> None:
         )
     if manifest.precision == "fp32" and not allow_fp32:
         raise InputError(
-            f"{source.folder} holds fp32 graphs, of which engines would be slow and large: "
-            "build an fp16 bundle with sdrt build --precision fp16, or ask for fp32 engines with --precision fp32"
+            f"{source.folder} holds fp32 graphs, of which engines would be slow and large: build an fp16 bundle with "
+            "sdrt build --ckpt CKPT --backend onnx --precision fp16, or ask for fp32 engines with --precision fp32"
         )
-
-
-def _builder(backend: BackendName, targets: Sequence[str], options: Options | None) -> Builder:
-    default = "native" if backend == "tensorrt" else DEFAULT_TARGET
-    capabilities = capabilities_of(targets or (default,), supported_capabilities(backend))
-    if backend == "tensorrt" and len(capabilities) > 1:
-        raise InputError("tensorrt builds for one GPU at a time: give one target, or use tensorrt-rtx for several")
-    cache = store.home() / "timing" / f"{backend}-{'-'.join(map(sm_name, capabilities))}.cache"
-    return Builder(backend, capabilities, options, cache)
 
 
 def _trained_size(source: Bundle) -> tuple[int, int]:

@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, get_args
 
+from ..errors import InputError
 from .fusion import FusionReport, PatternKind, load
+from .table import columns
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
     from .bundle import Bundle
+
+# Names of generated kernels grow with what is fused into them.
+_WIDEST = 60
 
 
 def table(bundle: Bundle) -> str:
@@ -27,11 +32,34 @@ def table(bundle: Bundle) -> str:
         For each component and profile how many layers there are and what is fused, then all that is not fused, then
         every layer.
 
+    Raises
+    ------
+    InputError, BundleCorruptError
+        As `reports_of`.
+
     """
-    reports = [(part.name, report) for part in bundle.manifest.components if (report := load(bundle, part.name))]
-    if not reports:
-        return f"{bundle.name} has no list of layers: it holds ONNX graphs, engines have one"
-    return "\n\n".join([summary(reports), *(_listing(name, report) for name, report in reports)])
+    reports = reports_of(bundle)
+    return "\n\n".join([summary(reports.items()), *(_listing(name, report) for name, report in reports.items())])
+
+
+def reports_of(bundle: Bundle) -> dict[str, FusionReport]:
+    """Read the reports of all components of an engine bundle.
+
+    Raises
+    ------
+    InputError
+        The bundle has none, since it holds ONNX graphs.
+    BundleCorruptError
+        A file is not as sdrt writes it.
+
+    """
+    found = {part.name: report for part in bundle.manifest.components if (report := load(bundle, part.name))}
+    if not found:
+        raise InputError(
+            f"{bundle.folder} has no list of layers, since it holds ONNX graphs: build engines of it with "
+            f"sdrt build --from {bundle.name}"
+        )
+    return found
 
 
 def summary(reports: Iterable[tuple[str, FusionReport]]) -> str:
@@ -60,7 +88,7 @@ def summary(reports: Iterable[tuple[str, FusionReport]]) -> str:
         for pattern in report.patterns
         if not pattern.fused
     ]
-    return "\n".join([_columns(rows), *missed])
+    return "\n".join([columns(rows), *missed])
 
 
 def _listing(name: str, report: FusionReport) -> str:
@@ -77,11 +105,4 @@ def _listing(name: str, report: FusionReport) -> str:
         for layer in report.layers
     ]
     total = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
-    return f"{_columns(rows)}\n{name}: {total}"
-
-
-def _columns(rows: Sequence[tuple[str, ...]]) -> str:
-    widths = [min(60, max(map(len, column))) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    return f"{columns(rows, _WIDEST)}\n{name}: {total}"

@@ -11,7 +11,6 @@ from .manifest import DimRange, InputRange, TensorSpec
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from .bundle import Bundle
     from .manifest import Component, Dim
 
 Profile = dict[str, InputRange]
@@ -19,13 +18,17 @@ Values = dict[str, int]
 """The size of each dimension that is chosen at run time, by its name."""
 
 
-def check_sizes(bundle: Bundle, sizes: Sequence[tuple[int, int]], images: Sequence[int]) -> None:
-    """Refuse sizes and counts that the bundle's graphs do not take.
+def check_sizes(
+    unet: Sequence[TensorSpec], factor: int, sizes: Sequence[tuple[int, int]], images: Sequence[int]
+) -> None:
+    """Refuse sizes and counts that the graphs do not take.
 
     Parameters
     ----------
-    bundle
-        An ONNX bundle.
+    unet
+        The inputs of the U-Net's graph.
+    factor
+        Image pixels to a latent pixel.
     sizes
         Width and height in pixels.
     images
@@ -37,8 +40,7 @@ def check_sizes(bundle: Bundle, sizes: Sequence[tuple[int, int]], images: Sequen
         A side is no multiple of the latent space's factor, or something is out of its range.
 
     """
-    factor = bundle.manifest.latent.scale_factor
-    limits = {dim.name: dim for dim in _dims(bundle.component("unet"))}
+    limits = {dim.name: dim for dim in _dims(unet)}
     for width, height in sizes:
         for name, side in (("width", width), ("height", height)):
             limit = limits[name]
@@ -102,7 +104,7 @@ def tensors_of(
             if isinstance(dim, DimRange):
                 ranges = [profile[spec.name] for profile in profiles]
                 values[dim.name] = min(each.min[axis] for each in ranges), max(each.max[axis] for each in ranges)
-    for dim in _dims(component):
+    for dim in _dims((*component.inputs, *component.outputs)):
         if dim.name not in values:
             values[dim.name] = _derived(dim.name, values, component)
     inputs, outputs = (
@@ -114,7 +116,7 @@ def tensors_of(
 
 def _derived(name: str, values: Mapping[str, tuple[int, int]], component: Component) -> tuple[int, int]:
     """Give the range of an output's side: the image's from the latent's, or the other way round."""
-    sizes = {dim.name: dim for dim in _dims(component)}
+    sizes = {dim.name: dim for dim in _dims((*component.inputs, *component.outputs))}
     other = name.removeprefix("image_") if name.startswith("image_") else f"image_{name}"
     least, most = values[other]
     return least * sizes[name].max // sizes[other].max, most * sizes[name].max // sizes[other].max
@@ -127,8 +129,7 @@ def _narrow(dim: Dim, values: Mapping[str, tuple[int, int]]) -> Dim:
     return least if least == most else replace(dim, min=least, max=most)
 
 
-def _dims(component: Component) -> list[DimRange]:
-    specs = (*component.inputs, *component.outputs)
+def _dims(specs: Sequence[TensorSpec]) -> list[DimRange]:
     return [dim for spec in specs for dim in spec.shape if isinstance(dim, DimRange)]
 
 

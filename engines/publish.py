@@ -76,7 +76,7 @@ def publishing(
     with _lock(target, patience_s=math.inf if wait else GRACE_S):
         _clean_store(target)
         _settle(target)
-        _refuse_existing(target, force=force)
+        refuse_existing(target, force=force)
         _check_space(target, expected_bytes)
         building = _building(target)
         try:
@@ -90,6 +90,59 @@ def publishing(
             raise
         finally:
             _settle(target)
+
+
+@contextmanager
+def scratch(target: Path) -> Iterator[Path]:
+    """Give an empty folder for what the build of a bundle needs and nobody keeps.
+
+    It is removed at the end; what a killed build leaves there, the next build in the same folder removes.
+
+    Parameters
+    ----------
+    target
+        Names the folder, which is no bundle and is not listed as one; its parent must exist.
+
+    Raises
+    ------
+    BundleBusyError, InputError
+        As :func:`publishing`.
+
+    """
+    target = _checked(Path(target))
+    with _lock(target):
+        _settle(target)
+        folder = _building(target)
+        try:
+            _make(folder)
+            yield folder
+        finally:
+            _settle(target)
+
+
+def refuse_existing(target: Path, *, force: bool) -> None:
+    """Raise what :func:`publishing` raises where something is at a bundle's place, before minutes of work.
+
+    Raises
+    ------
+    BundleExistsError
+        A bundle is there, and ``force`` was not given.
+    InputError
+        Something else is there, which ``force`` does not replace either, or no bundle can be there.
+
+    """
+    target = _checked(target)
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise InputError(f"{target} is a file, expected a folder or nothing: choose another name")
+    if not any(target.iterdir()):
+        return
+    if not (target / MANIFEST).is_file():
+        # --force replaces bundles; it must not cost a user the folder of pictures named by mistake
+        raise InputError(f"{target} holds other files and no bundle: choose another name, or empty it first")
+    if not force:
+        raise BundleExistsError(f"{target} exists already: give --force to replace it, or choose another name")
 
 
 def recover(target: Path) -> None:
@@ -153,20 +206,6 @@ def _checked(target: Path) -> Path:
     if is_link:
         raise InputError(f"{full} is a link, expected a folder or nothing: give the folder that it leads to")
     return full
-
-
-def _refuse_existing(target: Path, *, force: bool) -> None:
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise InputError(f"{target} is a file, expected a folder or nothing: choose another name")
-    if not any(target.iterdir()):
-        return
-    if not (target / MANIFEST).is_file():
-        # --force replaces bundles; it must not cost a user the folder of pictures named by mistake
-        raise InputError(f"{target} holds other files and no bundle: choose another name, or empty it first")
-    if not force:
-        raise BundleExistsError(f"{target} exists already: give --force to replace it, or choose another name")
 
 
 def _check_space(target: Path, expected: int | None) -> None:

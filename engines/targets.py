@@ -83,8 +83,8 @@ def capability_of(target: str) -> str:
         if name in _CAPABILITY_OF:
             return _CAPABILITY_OF[name]
     raise InputError(
-        f"{target[:80]!r} is no known target: name a card such as rtx3090, rtx4090 or rtx5090, a compute capability "
-        "such as sm86, or native for this machine's GPU"
+        f"{target[:80]!r} is no known target: expected a compute capability such as sm86, native for this machine's "
+        f"GPU, or one of {', '.join(_CAPABILITY_OF)}"
     )
 
 
@@ -105,24 +105,39 @@ def capabilities_of(targets: Iterable[str], supported: Iterable[str]) -> tuple[s
 
     """
     known = sorted(set(supported), key=_order)
-    found = set()
-    for target in (part for given in targets for part in given.split(",") if part.strip()):
-        capability = capability_of(target)
+    named = parse_targets(targets)
+    for target, capability in named.items():
         if capability not in known:
-            held = ", ".join(f"{sm_name(each)} ({each})" for each in known)
             raise InputError(
-                f"{target.strip()} has compute capability {capability}, for which this TensorRT builds no engines: "
-                f"it builds for {held}"
+                f"{target} has compute capability {capability}, for which this TensorRT builds no engines: "
+                f"it builds for {', '.join(map(describe, known))}"
             )
-        found.add(capability)
-    if not found:
+    return tuple(sorted(set(named.values()), key=_order))
+
+
+def parse_targets(targets: Iterable[str]) -> dict[str, str]:
+    """Give the compute capability of each of several targets, whatever builder there is for it.
+
+    Raises
+    ------
+    InputError
+        There is none, or one of them is not known.
+
+    """
+    named = [part.strip() for given in targets for part in given.split(",") if part.strip()]
+    if not named:
         raise InputError(f"there is no target to build for: name a card, such as {DEFAULT_TARGET}")
-    return tuple(sorted(found, key=_order))
+    return {target: capability_of(target) for target in named}
 
 
 def sm_name(capability: str) -> str:
     """Write a compute capability as NVIDIA's tools do: ``sm86`` for ``8.6``."""
     return f"sm{capability.replace('.', '')}"
+
+
+def describe(capability: str) -> str:
+    """Write a compute capability both ways, such as ``sm86 (8.6)``."""
+    return f"{sm_name(capability)} ({capability})"
 
 
 def capability_of_sm(name: str) -> str | None:

@@ -346,5 +346,5 @@ def _parser_message(backend: str, graph: Path, parser: Any) -> str:
         return f"{backend} cannot read {graph.name}: it gives no reason"
     error = errors[0]
     more = f" (and {len(errors) - 1} more errors)" if len(errors) > 1 else ""
-    node = f" at node {error.node_name()} ({error.node_operator()})" if error.node_name() else ""
+    node = f" at node {error.node_name() or error.node()} ({error.node_operator()})" if error.node_operator() else ""
     return f"{backend} does not take {graph.name}{node}: {one_line(error.desc())}{more}"

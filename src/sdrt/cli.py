@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shlex
 import signal
 import sys
@@ -18,12 +19,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ._version import __version__
-from .errors import BundleCorruptError, InputError, MissingDependencyError, SdrtError, SdrtWarning
+from .errors import BundleCorruptError, InputError, SdrtError, SdrtWarning
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
 FAILURE, USAGE, INTERRUPTED = 1, 2, 130
+
+_SIZE = re.compile(r"([+-]?[0-9]{1,9})[xX]([+-]?[0-9]{1,9})")
 
 _json = click.option("--json", is_flag=True, help="Print one JSON object.")
 
@@ -44,51 +47,108 @@ def cli() -> None:
     """  # noqa: D301 - click's own mark for lines to leave alone
 
 
+def _sizes(_ctx: click.Context, _param: click.Parameter, given: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
+    sizes = []
+    for text in given:
+        match = _SIZE.fullmatch(text.strip())
+        if match is None:
+            raise click.BadParameter(f"{text!r} is no size: expected width and height in pixels, such as 512x768")
+        sizes.append((int(match[1]), int(match[2])))
+    return tuple(sizes)
+
+
 @cli.command()
+@click.option("--ckpt", help="v1-1 ... v1-5, a Hugging Face repo, a diffusers folder, a .ckpt or .safetensors.")
 @click.option(
-    "--ckpt", required=True, help="v1-1 ... v1-5, a Hugging Face repo, a diffusers folder, a .ckpt or .safetensors."
+    "--from",
+    "source",
+    metavar="BUNDLE",
+    envvar="SDRT_BUILD_FROM",
+    help="Build engines of this fp16 ONNX bundle, by its name or folder, instead of a checkpoint; needs no PyTorch.",
+)
+@click.option(
+    "--backend",
+    type=click.Choice(["onnx", "tensorrt-rtx", "tensorrt"]),
+    help="onnx: graphs that any machine runs. tensorrt-rtx: engines, built with or without a GPU. tensorrt: engines, "
+    "built on the GPU that runs them. [default: engines for the NVIDIA GPU of this machine; without a GPU, graphs for "
+    "its CPU and, if tensorrt-rtx is installed, engines for the RTX 3090 beside them]",
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The bundle's folder. [default: in SDRT_HOME]")
-@click.option("--name", help="The bundle's name. [default: the checkpoint's]")
+@click.option(
+    "--name", help="The bundle's name. [default: the checkpoint's; for engines with their targets, as in v1-1-rtx-sm86]"
+)
+@click.option("--force", is_flag=True, help="Replace bundles that exist.")
 @click.option(
     "--precision",
     type=click.Choice(["auto", "fp32", "fp16"]),
     default="auto",
     show_default=True,
-    help="auto: fp16 with an NVIDIA GPU, fp32 without.",
+    help="auto: fp16 for engines and with an NVIDIA GPU, fp32 for a CPU.",
 )
 @click.option("--ema", is_flag=True, help="Take the averaged weights of a file that has both.")
+@click.option("--clip-skip", type=int, help="Last layers of the text encoder to leave out. [default: 0]")
 @click.option(
-    "--clip-skip", type=int, default=0, show_default=True, help="Last layers of the text encoder to leave out."
+    "--target",
+    "targets",
+    multiple=True,
+    metavar="NAME",
+    envvar="SDRT_BUILD_TARGET",
+    help="The GPU of the engines: rtx3090, rtx4090, ..., smNN, or native for the one of this machine; several times, "
+    "or with commas, for engines that run on each of them. [default: native, or rtx3090 without a GPU]",
 )
-@click.option("--force", is_flag=True, help="Replace a bundle that exists.")
+@click.option(
+    "--size",
+    "sizes",
+    multiple=True,
+    callback=_sizes,
+    metavar="WxH",
+    envvar="SDRT_BUILD_SIZE",
+    help="Image size of the engines in pixels; several times for several. [default: the model's]",
+)
+@click.option(
+    "--images",
+    multiple=True,
+    type=int,
+    metavar="N",
+    help="How many images a request to the engines makes; several times for several. [default: 1]",
+)
+@click.option("--dynamic", is_flag=True, help="Engines for all sizes and counts between those given; slower.")
+@click.option(
+    "--optimization-level", type=int, metavar="0..5", help="How long to search for fast engines. [default: 3]"
+)
+@click.option("--hardware-compatible", is_flag=True, help="tensorrt: engines for all GPUs from Ampere on; slower.")
+@click.option("--version-compatible", is_flag=True, help="tensorrt: engines for later versions of TensorRT too.")
+@click.option("--refit", is_flag=True, help="Engines whose weights can be replaced; may be slower. Needs a GPU.")
 @_json
-def build(ckpt: str, output: Path | None, *, json: bool, **options: Any) -> None:
-    """Build a bundle from a Stable Diffusion v1 checkpoint."""
-    from . import progress  # noqa: PLC0415 - heavy imports wait for the command that needs them
+def build(
+    *,
+    optimization_level: int | None,
+    hardware_compatible: bool,
+    version_compatible: bool,
+    refit: bool,
+    json: bool,
+    **given: Any,
+) -> None:
+    """Build a bundle from a Stable Diffusion v1 checkpoint, or engines from an ONNX bundle.
 
-    _need("torch", "diffusers", "transformers", "onnx", "onnxscript", "safetensors", "huggingface_hub", "onnxruntime")
-    from .export.build import build as build_bundle  # noqa: PLC0415
+    With --ckpt and a backend for engines, the ONNX bundle that they are built of is kept in SDRT_HOME under a name of
+    its own, such as v1-1-fp16, so that engines for other GPUs can be built --from it.
+    """
+    if given["ckpt"] is None and given["source"] is None:
+        raise click.UsageError("Missing option '--ckpt' or '--from'.", click.get_current_context())
+    if given["ckpt"] is not None and given["source"] is not None:
+        raise click.UsageError("--ckpt and --from exclude each other: give one.", click.get_current_context())
+    from . import build as building  # noqa: PLC0415 - heavy imports wait for the command that needs them
+    from . import progress  # noqa: PLC0415
+    from .engines.tensorrt import Options  # noqa: PLC0415
+    from .show import build_facts, built  # noqa: PLC0415
 
-    with progress.stages() as report:
-        bundle = build_bundle(
-            ckpt, output=output, command=shlex.join(["sdrt", *sys.argv[1:]]), report=report, **options
-        )
-    if json:
-        from .show import bundle_facts  # noqa: PLC0415
-
-        _print_json(bundle_facts(bundle))
-    else:
-        argument = f" --bundle {shlex.quote(str(output))}" if output else ""
-        click.echo(f'built {bundle.folder} ({bundle.size / 1e9:.2f} GB): sdrt run "Great Wall photo"{argument}')
-
-
-def _need(*packages: str) -> None:
-    from importlib.util import find_spec  # noqa: PLC0415
-
-    for package in packages:
-        if find_spec(package) is None:
-            raise MissingDependencyError(package, "building from a checkpoint", "export")
+    options = Options(optimization_level, hardware_compatible, version_compatible, refit)
+    order = building.Order(**given, options=options, command=shlex.join(["sdrt", *sys.argv[1:]]))
+    decision = building.decide(order)
+    with progress.stages(decision.why) as report:
+        bundles = building.build(order, decision, report)
+    _print_json(build_facts(bundles)) if json else click.echo(built(bundles, order.output))
 
 
 @cli.command()
@@ -148,10 +208,13 @@ def list_(*, json: bool) -> None:
 
 @cli.command()
 @click.argument("what", metavar="BUNDLE|PNG")
+@click.option("--layers", is_flag=True, help="List the layers of the engines, and what of the networks is fused.")
 @_json
-def inspect(what: str, *, json: bool) -> None:
+def inspect(what: str, *, layers: bool, json: bool) -> None:
     """Show what a bundle holds, or how a PNG was made."""
     if what.lower().endswith(".png"):
+        if layers:
+            raise InputError(f"{what} is a picture, and --layers lists those of engines: give a bundle")
         from .runtime.images import read_parameters  # noqa: PLC0415
         from .runtime.parameters import parse  # noqa: PLC0415
 
@@ -159,10 +222,17 @@ def inspect(what: str, *, json: bool) -> None:
         _print_json(parse(text)) if json else click.echo(text)
         return
     from .engines import store  # noqa: PLC0415
-    from .show import bundle_facts, bundle_table  # noqa: PLC0415
+    from .show import bundle_facts, bundle_table, layer_facts  # noqa: PLC0415
 
     bundle = store.resolve(what)
-    _print_json(bundle_facts(bundle)) if json else click.echo(bundle_table(bundle))
+    if json:
+        _print_json(bundle_facts(bundle) | (layer_facts(bundle) if layers else {}))
+    elif layers:
+        from .engines.fusion_table import table  # noqa: PLC0415
+
+        click.echo(table(bundle))
+    else:
+        click.echo(bundle_table(bundle))
 
 
 @cli.command()

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ._version import __version__
 from .engines.devices import nvidia_gpus
 from .engines.store import home
-from .show import columns
+from .engines.table import columns
+from .engines.targets import sm_name
+from .engines.tensorrt import supported_capabilities
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,6 +49,14 @@ def _none() -> list[str]:
     return []
 
 
+def _rtx_targets() -> list[str]:
+    return [f"for {', '.join(map(sm_name, supported_capabilities('tensorrt-rtx')))}"]
+
+
+def _gpus() -> list[str]:
+    return [gpu.name for gpu in nvidia_gpus()]
+
+
 _TO_COME = "nothing in this version of sdrt"
 _PARTS = (
     _Part(
@@ -59,8 +69,15 @@ _PARTS = (
     ),
     _Part("export", "torch", ("torch",), "export", "build bundles from checkpoints", _cpu),
     _Part("openvino", "openvino", ("openvino",), None, _TO_COME, _none),
-    _Part("tensorrt-rtx", "tensorrt_rtx", ("tensorrt-rtx", "tensorrt_rtx"), None, _TO_COME, _none),
-    _Part("tensorrt", "tensorrt", ("tensorrt",), None, _TO_COME, _none),
+    _Part(
+        "tensorrt-rtx",
+        "tensorrt_rtx",
+        ("tensorrt-rtx", "tensorrt_rtx"),
+        "rtx",
+        "build engines for RTX GPUs, with or without one",
+        _rtx_targets,
+    ),
+    _Part("tensorrt", "tensorrt", ("tensorrt",), "trt", "build engines for the NVIDIA GPU of this machine", _gpus),
 )
 
 

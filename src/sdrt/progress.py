@@ -14,28 +14,40 @@ _TICK_S = 1.0
 
 
 @contextmanager
-def stages() -> Iterator[Callable[[str, int, int], None]]:
+def stages(note: str | None = None) -> Iterator[Callable[[str, int, int], None]]:
     """Show a job of several stages that is counted in bytes, with the time that is left.
+
+    Parameters
+    ----------
+    note
+        A line that stands above it all, once the job has begun: one that is refused leaves the line of its error alone.
 
     Yields
     ------
-    A function of what is being done, the bytes done and the bytes in all.
+    A function of what is being done, such as ``U-Net: tracing``, the bytes done and the bytes in all.
 
     """
     with _bar(total=1, unit="B", unit_scale=True, unit_divisor=1000) as bar, _ticking(bar):
-        shown = ""
+        part, shown = "", set[str]()
 
         def report(what: str, done: int, total: int) -> None:
-            nonlocal shown
+            nonlocal part, note
+            if note is not None:
+                bar.write(f"sdrt: {note}", file=sys.stderr)
+                note = None
             if bar.disable:
-                if what != shown:
+                if (begun := what.partition(":")[0]) != part:
+                    part = begun
+                    shown.clear()
+                # A builder goes back and forth between its phases.
+                if what not in shown:
+                    shown.add(what)
                     sys.stderr.write(f"{what}\n")
             else:
                 if total != bar.total:
                     bar.reset(total)
                 bar.set_description(what, refresh=False)
                 bar.update(done - bar.n)
-            shown = what
 
         yield report
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from typing import TYPE_CHECKING
 
 import pytest
 
 from sdrt.engines import build as build_module
 from sdrt.engines import fusion, fusion_table
+from sdrt.engines import targets as targets_module
+from sdrt.engines import tensorrt as tensorrt_module
 from sdrt.engines.build import build_engines, default_choice, default_name
 from sdrt.engines.bundle import Bundle
 from sdrt.engines.devices import Gpu
@@ -19,8 +19,6 @@ from sdrt.errors import BackendError, BundleCorruptError, BundleExistsError, Inp
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-pytest.importorskip("tensorrt_rtx")
 
 ADA, HOPPER = Gpu(0, "NVIDIA L4", "8.9", 24 * 2**30), Gpu(0, "NVIDIA H200", "9.0", 139 * 2**30)
 
@@ -80,7 +78,8 @@ def test_layers_can_be_shown(engines: Bundle, source: Bundle) -> None:
     shown = fusion_table.table(engines)
     assert shown.startswith("COMPONENT")
     assert all(layer.name in shown for layer in report.layers)
-    assert "holds ONNX graphs" in fusion_table.table(source)
+    with pytest.raises(InputError, match="has no list of layers, since it holds ONNX graphs"):
+        fusion_table.table(source)
 
 
 def test_damaged_layers_are_an_error_of_the_bundle(engines: Bundle, tmp_path: Path) -> None:
@@ -103,21 +102,6 @@ def test_progress_is_told_in_bytes_up_to_all(engines: Bundle, reports: list[tupl
     assert len({told[2] for told in reports}) == 1
     assert reports[-1] == ("VAE encoder: done", reports[-1][2], reports[-1][2])
     assert {told[0].partition(":")[0] for told in reports} == {"text encoder", "U-Net", "VAE decoder", "VAE encoder"}
-
-
-def test_neither_torch_nor_onnx_is_imported(source: Bundle, tmp_path: Path) -> None:
-    program = (
-        "import sys; from sdrt.engines.bundle import Bundle; from sdrt.engines.build import build_engines\n"
-        "from pathlib import Path; import dataclasses\n"
-        "bundle = Bundle.open(sys.argv[1])\n"
-        "def stop(what, done, total):\n"
-        "    if what.startswith('U-Net'):\n"
-        "        raise SystemExit(sorted({'torch', 'onnx', 'onnxruntime'} & set(sys.modules)) or 0)\n"
-        "build_engines(bundle, backend='tensorrt-rtx', output=Path(sys.argv[2]), report=stop)"
-    )
-    command = [sys.executable, "-c", program, str(source.folder), str(tmp_path / "engines")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_engines_are_not_built_of_engines(engines: Bundle, tmp_path: Path) -> None:
@@ -157,45 +141,53 @@ def test_hopper_is_refused_for_rtx(source: Bundle, tmp_path: Path) -> None:
         build_engines(source, backend="tensorrt-rtx", targets=["h200"], output=tmp_path / "engines")
 
 
-def test_names_tell_backend_and_targets(source: Bundle) -> None:
-    assert default_name(source, "tensorrt-rtx", ("8.6", "8.9")) == "tiny-fp16-rtx-sm86-sm89"
+def test_names_tell_backend_and_targets() -> None:
+    assert default_name("v1-1-fp16", "tensorrt-rtx", ("8.6", "8.9")) == "v1-1-rtx-sm86-sm89"
+    assert default_name("v1-1", "tensorrt", ("9.0",)) == "v1-1-trt-sm90"
+
+
+RTX, TRT = {"tensorrt_rtx"}, {"tensorrt"}
 
 
 @pytest.mark.parametrize(
-    ("gpus", "installed", "backend", "targets", "says"),
+    ("gpus", "installed", "named", "backend", "targets", "says"),
     [
-        ((), {"tensorrt-rtx"}, "tensorrt-rtx", ("rtx3090",), "there is no NVIDIA GPU here: building for the rtx3090"),
-        ((), {"tensorrt-rtx", "tensorrt"}, "tensorrt-rtx", ("rtx3090",), "choose with --target"),
-        ((), {"tensorrt"}, "onnx", (), "pip install 'sdrt[rtx]'"),
-        ((), set(), "onnx", (), "pip install 'sdrt[rtx]'"),
-        ((ADA,), {"tensorrt-rtx"}, "tensorrt-rtx", ("native",), "NVIDIA L4 (compute capability 8.9)"),
-        ((ADA,), {"tensorrt-rtx", "tensorrt"}, "tensorrt", ("native",), "NVIDIA L4"),
-        ((ADA,), set(), "onnx", (), "pip install 'sdrt[rtx]' or 'sdrt[trt]'"),
-        ((HOPPER,), {"tensorrt-rtx"}, "onnx", (), "NVIDIA H200 (compute capability 9.0), pip install 'sdrt[trt]'"),
+        ((), RTX, [], "tensorrt-rtx", ("rtx3090",), "no NVIDIA GPU here: building engines for the rtx3090"),
+        ((), RTX | TRT, [], "tensorrt-rtx", ("rtx3090",), "with tensorrt-rtx"),
+        ((), RTX, ["rtx4090"], "tensorrt-rtx", ("rtx4090",), "building engines with tensorrt-rtx"),
+        ((), RTX, ["h100"], "tensorrt-rtx", ("h100",), "tensorrt-rtx"),
+        ((), TRT, [], None, (), "pip install 'sdrt[rtx]'"),
+        ((), set(), ["rtx3090"], None, (), "pip install 'sdrt[rtx]'"),
+        ((ADA,), RTX, [], "tensorrt-rtx", ("native",), "NVIDIA L4 (compute capability 8.9) of this machine"),
+        ((ADA,), RTX | TRT, [], "tensorrt", ("native",), "with tensorrt for the NVIDIA L4"),
+        ((ADA,), RTX | TRT, ["rtx3090", "l4"], "tensorrt-rtx", ("rtx3090", "l4"), "with tensorrt-rtx"),
+        ((ADA,), set(), [], None, (), "pip install 'sdrt[rtx]' or 'sdrt[trt]'"),
+        ((HOPPER,), RTX, [], None, (), "NVIDIA H200 (compute capability 9.0) of this machine, pip install 'sdrt[trt]'"),
+        ((HOPPER,), RTX | TRT, [], "tensorrt", ("native",), "with tensorrt for the NVIDIA H200"),
     ],
 )
 def test_what_is_built_where_nobody_said(
     monkeypatch: pytest.MonkeyPatch,
     gpus: tuple[Gpu, ...],
     installed: set[str],
-    backend: str,
+    named: list[str],
+    backend: str | None,
     targets: tuple[str, ...],
     says: str,
 ) -> None:
-    monkeypatch.setattr(build_module, "nvidia_gpus", lambda: gpus)
-    monkeypatch.setattr(build_module, "_installed", lambda name: name in installed)
-    choice = default_choice()
+    for module in (build_module, targets_module, tensorrt_module):
+        monkeypatch.setattr(module, "nvidia_gpus", lambda: gpus)
+    monkeypatch.setattr(build_module, "find_spec", lambda name: name if name in installed else None)
+    choice = default_choice(named)
     assert (choice.backend, choice.targets) == (backend, targets)
+    assert (choice.missing is None) == (backend is not None)
     assert says in choice.why
-    assert choice.precision == ("fp16" if backend != "onnx" or gpus else "fp32")
 
 
 def test_full_tensorrt_asks_for_a_gpu_before_anything_is_written(
     source: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sdrt.engines import tensorrt
-
-    monkeypatch.setattr(tensorrt, "nvidia_gpus", tuple)
+    monkeypatch.setattr(tensorrt_module, "nvidia_gpus", tuple)
     with pytest.raises(BackendError, match="tensorrt builds engines on the GPU"):
         build_engines(source, backend="tensorrt", output=tmp_path / "engines")
     assert list(tmp_path.iterdir()) == []

@@ -17,7 +17,7 @@ import pytest
 
 from sdrt.engines import lock
 from sdrt.engines.bundle import MANIFEST, Bundle
-from sdrt.engines.publish import publishing
+from sdrt.engines.publish import publishing, scratch
 from sdrt.engines.store import list_bundles, place, resolve
 from sdrt.errors import (
     BundleBusyError,
@@ -267,6 +267,25 @@ def test_two_threads_of_one_process_do_not_build_one_bundle(tmp_path: Path) -> N
 
 
 @posix_only
+def test_what_a_build_needs_and_nobody_keeps_is_not_listed_and_goes(own_home: Path) -> None:
+    target = place("graphs")
+    with scratch(target) as folder:
+        with publishing(folder / "inner") as inner:
+            fill(inner)
+        assert Bundle.open(folder / "inner").name == "inner"
+        assert list_bundles() == []
+        with publishing(place("other")) as other:
+            fill(other)
+        assert (folder / "inner" / MANIFEST).exists(), "another build cleans up after the dead alone"
+    assert [path.name for path in target.parent.iterdir()] == ["other"]
+    # As a killed build leaves it.
+    folder.mkdir()
+    fill(folder)
+    with publishing(place("next")) as following:
+        fill(following)
+    assert sorted(path.name for path in target.parent.iterdir()) == ["next", "other"]
+
+
 def test_a_lock_that_its_holder_removed_is_taken_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "lock"
     try_lock = lock._try_lock
