@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
 import time
 from pathlib import Path
@@ -12,8 +13,11 @@ import pytest
 from bench.checkpoints import write_checkpoint
 
 from sdrt.engines.bundle import Bundle
+from sdrt.engines.lock import locked
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from sdrt.engines.manifest import Precision
 
 
@@ -35,18 +39,30 @@ def workshop(request: pytest.FixtureRequest) -> Path:
     return folder / digest
 
 
+def make_once(place: Path, make: Callable[[Path], object]) -> Path:
+    """Make a folder unless it is there; of several sessions at once, one makes it and the others wait."""
+    with locked(place.with_name(f".{place.name}.lock"), str(place), patience_s=math.inf):
+        if not place.exists():
+            draft = place.with_name(f".{place.name}.draft")
+            shutil.rmtree(draft, ignore_errors=True)
+            make(draft)
+            draft.rename(place)
+    return place
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(workshop: Path) -> Path:
     """A diffusers folder of Stable Diffusion v1's architecture, small, with random weights."""
-    return write_checkpoint(workshop / "tiny", "diffusers", "tiny", seed=0)
+    return make_once(workshop / "tiny", lambda place: write_checkpoint(place, "diffusers", "tiny", seed=0))
 
 
 def build_once(checkpoint: Path, output: Path, precision: Precision) -> Path:
-    if not output.exists():
+    def build_it(place: Path) -> None:
         from sdrt.export.build import build
 
-        build(str(checkpoint), output=output, precision=precision)
-    return output
+        build(str(checkpoint), output=place, name=output.name, precision=precision)
+
+    return make_once(output, build_it)
 
 
 @pytest.fixture(scope="session")
