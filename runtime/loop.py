@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -18,24 +18,36 @@ if TYPE_CHECKING:
     from .solvers import SamplerTable
 
 
-@dataclass(frozen=True, eq=False)
-class Step:
+class Step(Protocol):
     """One evaluation of the network and the step that it led to.
 
-    Attributes
-    ----------
-    index
-        From 0.
-    total
-        How many there will be.
-    timestep
-        What the network was given.
-    latents
-        After the step: float32 of shape (N, 4, height / 8, width / 8), read-only; it stays valid.
-    seconds
-        What the step took, the consumer's own time not counted.
-
+    On a GPU, asking for `latents` or `seconds` waits until the step is done.
     """
+
+    @property
+    def index(self) -> int:
+        """From 0."""
+
+    @property
+    def total(self) -> int:
+        """How many there will be."""
+
+    @property
+    def timestep(self) -> float:
+        """What the network was given."""
+
+    @property
+    def latents(self) -> NDArray[np.float32]:
+        """After the step: float32 of shape (N, 4, height / 8, width / 8), read-only; it stays valid."""
+
+    @property
+    def seconds(self) -> float:
+        """What the step took, the consumer's own time not counted."""
+
+
+@dataclass(frozen=True, eq=False)
+class HostStep:
+    """A step that is done, as `Step` describes it."""
 
     index: int
     total: int
@@ -106,7 +118,7 @@ def denoise(
             add(x_next, c[index], _shaped("the noise", draw_noise(), x.shape))
         x_next.flags.writeable = False
         x_prev, x = x, x_next
-        replacement = yield Step(index, len(table), timestep, x, time.perf_counter() - began)
+        replacement = yield HostStep(index, len(table), timestep, x, time.perf_counter() - began)
         if replacement is not None:
             x = _shaped("the replacement", replacement, x.shape).astype(x.dtype)
             x.flags.writeable = False

@@ -14,6 +14,7 @@
     │   ├── BundleExistsError                       the name is taken, and --force was not given
     │   └── BundleBusyError                         another process is building the very same bundle
     ├── BackendError           (RuntimeError)       an engine that does not load or fails while it runs
+    │   └── DeviceMemoryError  (MemoryError)        a GPU with too little free memory; the next request may succeed
     ├── MissingDependencyError (ImportError)        a package is needed that is not installed
     └── DiskSpaceError         (OSError)            not enough room for what is about to be written
 
@@ -21,6 +22,8 @@ A message is one line: what was found, what was expected, and what to do.
 """
 
 from __future__ import annotations
+
+from typing import Self
 
 
 class SdrtError(Exception):
@@ -73,6 +76,32 @@ class BundleBusyError(BundleError):
 
 class BackendError(SdrtError, RuntimeError):
     """An engine that does not load, or fails while it runs."""
+
+
+class DeviceMemoryError(BackendError, MemoryError):
+    """The GPU has too little free memory. The request fails; the next one may succeed.
+
+    Attributes
+    ----------
+    asked, free
+        In bytes; None where the library that failed does not tell.
+
+    """
+
+    def __init__(self, message: str, asked: int | None = None, free: int | None = None) -> None:
+        super().__init__(message)
+        self.asked = asked
+        self.free = free
+
+    @classmethod
+    def of(cls, asked: int, free: int, purpose: str) -> Self:
+        """Say how much was asked for, what for (a noun phrase), and how much there is."""
+        return cls(
+            f"{purpose} needs {asked} bytes of GPU memory and {free} are free: "
+            "ask for fewer or smaller images at once, or end what else uses the GPU",
+            asked,
+            free,
+        )
 
 
 class MissingDependencyError(SdrtError, ImportError):
