@@ -72,23 +72,27 @@ def _profiles(bundle: Bundle, component: str) -> list[dict[str, Any]]:
     report = fusion.load(bundle, component)
     assert report is not None
     shapes = bundle.component(component).profiles
-    facts = []
-    for index in report.profiles:
-        layers = [layer for layer in report.layers if layer.profile == index]
-        counts = {kind: report.count(kind, index) for kind in get_args(fusion.PatternKind)}
-        facts.append(
-            {
-                "shapes": {name: [each.min, each.opt, each.max] for name, each in shapes[index].items()},
-                "layers": len(layers),
-                "copies": sum(layer.moves_only for layer in layers),
-                "traffic_bytes": sum(layer.traffic for layer in layers),
-                "fused": {kind: f"{fused} of {total}" for kind, (fused, total) in counts.items() if total},
-            }
-        )
-    return facts
+    return [
+        {"shapes": {name: [each.min, each.opt, each.max] for name, each in shapes[index].items()}}
+        | layer_counts(report, index)
+        for index in report.profiles
+    ]
 
 
-def _size(text: str) -> tuple[int, int]:
+def layer_counts(report: fusion.FusionReport, profile: int) -> dict[str, Any]:
+    """Count the layers of one optimisation profile: all, those that only move data, their traffic, what is fused."""
+    layers = [layer for layer in report.layers if layer.profile == profile]
+    counts = {kind: report.count(kind, profile) for kind in get_args(fusion.PatternKind)}
+    return {
+        "layers": len(layers),
+        "copies": sum(layer.moves_only for layer in layers),
+        "traffic_bytes": sum(layer.traffic for layer in layers),
+        "fused": {kind: f"{fused} of {total}" for kind, (fused, total) in counts.items() if total},
+    }
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Read a size such as 512x768."""
     width, _, height = text.partition("x")
     return int(width), int(height)
 
@@ -99,7 +103,9 @@ def main() -> None:
     parser.add_argument("source", type=Path, metavar="ONNX_BUNDLE")
     parser.add_argument("--backend", choices=MODULES, default="tensorrt-rtx")
     parser.add_argument("--target", action="append", dest="targets", help="[default: the backend's]")
-    parser.add_argument("--size", action="append", dest="sizes", type=_size, default=None, help="[default: 512x512]")
+    parser.add_argument(
+        "--size", action="append", dest="sizes", type=parse_size, default=None, help="[default: 512x512]"
+    )
     parser.add_argument("--images", action="append", type=int, default=None, help="[default: 1]")
     parser.add_argument("--dynamic", action="store_true")
     parser.add_argument("--optimization-level", type=int)
