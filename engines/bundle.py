@@ -36,6 +36,11 @@ def onnx_data_name(component: str) -> str:
     return f"{component}.onnx.data"
 
 
+def merged_name(component: str) -> str:
+    """Name the file of a component's ONNX graph with attention as one node, for onnxruntime."""
+    return f"{component}.merged.onnx"
+
+
 def plan_name(component: str) -> str:
     """Name the file of a component's engine."""
     return f"{component}.plan"
@@ -163,6 +168,11 @@ class Bundle:
                 return component
         held = ", ".join(component.name for component in self.manifest.components)
         raise BundleCorruptError(f"{self.folder} has no {name}, only {held}: build the bundle again")
+
+    def merged_graph(self, component: Component) -> FileEntry:
+        """Give the graph that onnxruntime runs: the one with attention as one node, or the only one."""
+        merged = merged_name(component.name)
+        return next((entry for entry in component.files if entry.path == merged), component.graph)
 
     def has(self, name: str) -> bool:
         """Tell whether there is a component of that name."""

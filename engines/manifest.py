@@ -101,7 +101,8 @@ class Component:
     Attributes
     ----------
     files
-        The ONNX graph and its external data, or the plan and the list of its layers.
+        The ONNX graph, its external data, and the graph again with attention as one node where it has any; or the
+        plan and the list of its layers.
     profiles
         Of an engine: for each optimisation profile, in TensorRT's order, the range of every input by its name. Empty
         where any shape within `inputs` is taken, as in an ONNX bundle.

@@ -9,11 +9,22 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+import onnx
 import torch
 
 from .._version import __version__
 from ..engines import store
-from ..engines.bundle import MANIFEST, TOKENIZER, Bundle, hash_file, onnx_data_name, onnx_name, write_manifest
+from ..engines.attention import merge_attention
+from ..engines.bundle import (
+    MANIFEST,
+    TOKENIZER,
+    Bundle,
+    hash_file,
+    merged_name,
+    onnx_data_name,
+    onnx_name,
+    write_manifest,
+)
 from ..engines.devices import nvidia_gpus
 from ..engines.manifest import Backend, Component, Latent, Manifest, Model, Precision, Text, utc_now
 from ..engines.publish import publishing
@@ -227,7 +238,8 @@ def _component(job: _Job, signature: Signature, folder: Path, precision: Precisi
     del module
     gc.collect()
     progress.advance(f"{job.title}: comparing with the original", job.size)
-    measured = parity.measure(job.title, folder / graph, signature, cases, precision)
+    graphs = _graphs(folder, job.name)
+    measured = parity.measure(job.title, [folder / name for name in graphs], signature, cases, precision)
     progress.advance(f"{job.title}: hashing", job.size)
     hashed = 0
 
@@ -237,9 +249,18 @@ def _component(job: _Job, signature: Signature, folder: Path, precision: Precisi
         progress.advance(f"{job.title}: hashing", min(count, max(job.size - hashed, 0)))
         hashed += count
 
-    files = tuple(hash_file(folder, path, advance) for path in (graph, data))
+    files = tuple(hash_file(folder, path, advance) for path in (graph, data, *graphs[1:]))
     progress.advance(f"{job.title}: done", max(job.size - hashed, 0))
     return Component(job.name, precision, files, signature.inputs, signature.outputs, measured)
+
+
+def _graphs(folder: Path, component: str) -> list[str]:
+    """Write the graph with attention as one node, if it has any, and name all graphs that share the weights."""
+    model = onnx.load(folder / onnx_name(component), load_external_data=False)
+    if not merge_attention(model):
+        return [onnx_name(component)]
+    onnx.save(model, folder / merged_name(component))
+    return [onnx_name(component), merged_name(component)]
 
 
 def _manifest(checkpoint: Checkpoint, folder: Path, components: tuple[Component, ...], options: _Options) -> Manifest:

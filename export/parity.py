@@ -16,7 +16,7 @@ from .modules import load_model
 from .trace import examples
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -113,8 +113,10 @@ def _draw(signature: Signature, sizes: dict[str, int]) -> tuple[Tensor, ...]:
     return examples(signature, sizes, _SEED)
 
 
-def measure(component: str, graph: Path, signature: Signature, cases: list[Case], precision: Precision) -> Parity:
-    """Run a graph in onnxruntime on the CPU and compare.
+def measure(
+    component: str, graphs: Sequence[Path], signature: Signature, cases: list[Case], precision: Precision
+) -> Parity:
+    """Run a component's graphs in onnxruntime on the CPU and compare.
 
     onnxruntime has no float16 kernels for the CPU: it computes such nodes in float32 and rounds at the casts between
     them, fewer than a GPU would. What is measured in fp16 is the rounding of the weights and of what crosses a cast;
@@ -124,8 +126,8 @@ def measure(component: str, graph: Path, signature: Signature, cases: list[Case]
     ----------
     component
         The component's name, for messages.
-    graph
-        The ``.onnx`` file.
+    graphs
+        The ``.onnx`` files, one after the other in memory.
     signature
         Its inputs and outputs.
     cases
@@ -136,7 +138,7 @@ def measure(component: str, graph: Path, signature: Signature, cases: list[Case]
     Returns
     -------
     Parity
-        The worst of all cases by each figure.
+        The worst of all graphs and cases by each figure.
 
     Raises
     ------
@@ -148,12 +150,14 @@ def measure(component: str, graph: Path, signature: Signature, cases: list[Case]
     options.log_severity_level = 3
     # The arena would keep the memory of the largest case on top of the weights.
     options.enable_cpu_mem_arena = False
-    session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     worst = Parity(0.0, 0.0, math.inf, "relative_l2", THRESHOLDS[precision], f"torch {torch.__version__} fp32")
-    for case in cases:
-        feeds = {spec.name: value.numpy() for spec, value in zip(signature.inputs, case.inputs, strict=True)}
-        for found, expected in zip(session.run(None, feeds), case.outputs, strict=True):
-            worst = _worse(worst, *_errors(found, expected.numpy()))
+    for graph in graphs:
+        session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        for case in cases:
+            feeds = {spec.name: value.numpy() for spec, value in zip(signature.inputs, case.inputs, strict=True)}
+            for found, expected in zip(session.run(None, feeds), case.outputs, strict=True):
+                worst = _worse(worst, *_errors(found, expected.numpy()))
+        del session
     if not worst.relative_l2 <= worst.threshold:
         raise ExportError(
             f"the {component} graph strays from torch by {worst.relative_l2:.2e} (relative L2), expected at most "

@@ -100,13 +100,13 @@ def test_a_graph_that_strays_fails_the_build(checkpoint: Checkpoint, tiny_bundle
     with torch.inference_mode():
         cases = parity.text_cases(checkpoint, signature)
     graph = tiny_bundle / "text_encoder.onnx"
-    assert parity.measure("text encoder", graph, signature, cases, "fp32").relative_l2 < 1e-5
+    assert parity.measure("text encoder", [graph], signature, cases, "fp32").relative_l2 < 1e-5
     wrong = [replace(case, outputs=(case.outputs[0] * 1.001,)) for case in cases]
     with pytest.raises(ExportError, match=r"the text encoder graph strays from torch by (1\.00|9\.99)e-0"):
-        parity.measure("text encoder", graph, signature, wrong, "fp32")
+        parity.measure("text encoder", [graph], signature, wrong, "fp32")
     broken = [replace(case, outputs=(case.outputs[0] * float("nan"),)) for case in cases]
     with pytest.raises(ExportError, match="nan"):
-        parity.measure("text encoder", graph, signature, broken, "fp32")
+        parity.measure("text encoder", [graph], signature, broken, "fp32")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
