@@ -212,7 +212,7 @@ def _components(
             "unet",
             "U-Net",
             sizes["unet"],
-            lambda: parity.unet_cases(checkpoint, described["unet"]),
+            lambda: parity.unet_cases(checkpoint, described["unet"], described["text_encoder"]),
             lambda: modules.unet(checkpoint.unet, dtype),
         ),
         _Job("vae_decoder", "VAE decoder", sizes["vae"] // 2, lambda: autoencoder_cases()[0], lambda: autoencoder()[0]),

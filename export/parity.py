@@ -65,12 +65,18 @@ def text_cases(checkpoint: Checkpoint, signature: Signature) -> list[Case]:
     return cases
 
 
-def unet_cases(checkpoint: Checkpoint, signature: Signature) -> list[Case]:
-    """Run diffusers' U-Net."""
+def unet_cases(checkpoint: Checkpoint, signature: Signature, text: Signature) -> list[Case]:
+    """Run diffusers' U-Net, on what the model's own text encoder says.
+
+    Of other embeddings a trained U-Net has never heard: it may answer with a thousand times their rounding errors.
+    """
+    text_encoder: Any = load_model("text_encoder", checkpoint.text_encoder).float()
+    told = [text_encoder(_draw(text, sizes)[0]).last_hidden_state for sizes in _SIZES]
+    del text_encoder
     model: Any = load_model("unet", checkpoint.unet).float()
     cases = []
-    for sizes in _SIZES:
-        latents, timestep, embeddings = _draw(signature, sizes)
+    for sizes, embeddings in zip(_SIZES, told, strict=True):
+        latents, timestep, _ = _draw(signature, sizes)
         cases.append(Case((latents, timestep, embeddings), (model(latents, timestep, embeddings).sample,)))
     return cases
 

@@ -47,7 +47,10 @@ def test_the_traced_modules_compute_what_the_originals_do(checkpoint: Checkpoint
             modules.text_encoder(checkpoint.text_encoder, torch.float32),
             parity.text_cases(checkpoint, SIGNATURES["text_encoder"]),
         ),
-        (modules.unet(checkpoint.unet, torch.float32), parity.unet_cases(checkpoint, SIGNATURES["unet"])),
+        (
+            modules.unet(checkpoint.unet, torch.float32),
+            parity.unet_cases(checkpoint, SIGNATURES["unet"], SIGNATURES["text_encoder"]),
+        ),
         (decoder, decoded),
         (encoder, encoded),
     ):
