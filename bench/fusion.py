@@ -246,6 +246,7 @@ def measure(source: Path, trial: Trial, size: tuple[int, int], target: str) -> d
     facts = {
         "cpu_seconds": round(seconds, 1),
         "plan_bytes": plan.file.bytes,
+        "plan_sha256": plan.file.sha256,
         "backend": f"tensorrt-rtx {builder.version}",
     }
     return dataclasses.asdict(trial) | layer_counts(plan.fusion, 0) | facts
@@ -264,7 +265,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             "default" if row["level"] is None else str(row["level"]),
             str(row["layers"]),
             str(row["copies"]),
-            f"{row['traffic_bytes'] / 1e6:.0f} MB",
+            # A dimension that is chosen at run time has no size that could be counted.
+            "" if row["dynamic"] else f"{row['traffic_bytes'] / 1e6:.0f} MB",
             f"{row['plan_bytes'] / 1e6:.0f} MB",
             f"{row['cpu_seconds']:.0f}",
             *(row["fused"].get(kind, "") for kind in kinds),

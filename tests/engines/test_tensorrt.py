@@ -17,6 +17,8 @@ from sdrt.engines.profiles import profiles_of
 from sdrt.engines.tensorrt import Builder, Options
 from sdrt.errors import BackendError, InputError, MissingDependencyError
 
+from . import small_graphs
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -24,8 +26,11 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(scope="module")
-def source(tiny_fp16_bundle: Path) -> Bundle:
-    return Bundle.open(tiny_fp16_bundle)
+def source(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """What takes the builder a moment; where the network matters, a test asks for a real one."""
+    folder = tmp_path_factory.mktemp("graphs")
+    small_graphs.fill(folder)
+    return Bundle.open(folder)
 
 
 def build(
@@ -43,7 +48,8 @@ def build(
     return builder.build(graph or source.path(part.graph), folder, "text_encoder", profiles, report)
 
 
-def test_a_plan_is_written_hashed_and_valid_for_this_version(source: Bundle, tmp_path: Path) -> None:
+def test_a_plan_is_written_and_hashed(tiny_fp16_bundle: Path, tmp_path: Path) -> None:
+    source = Bundle.open(tiny_fp16_bundle)
     plan = build(source, tmp_path)
     content = (tmp_path / "text_encoder.plan").read_bytes()
     assert (plan.file.path, plan.file.bytes) == ("text_encoder.plan", len(content))
@@ -76,7 +82,9 @@ def test_progress_grows_to_one_and_comes_from_the_callers_thread(source: Bundle,
     assert {thread for *_, thread in seen} == {threading.current_thread()}
 
 
-def test_what_the_callback_raises_cancels_the_build(source: Bundle, tmp_path: Path) -> None:
+def test_what_the_callback_raises_cancels_the_build(tiny_fp16_bundle: Path, tmp_path: Path) -> None:
+    source = Bundle.open(tiny_fp16_bundle)
+
     class CancelledError(Exception):
         pass
 
@@ -113,9 +121,10 @@ def test_what_is_no_graph_is_refused_in_one_line(source: Bundle, tmp_path: Path)
     assert "\n" not in str(caught.value)
 
 
-def test_a_node_that_tensorrt_does_not_know_is_named(source: Bundle, tmp_path: Path) -> None:
+def test_a_node_that_tensorrt_does_not_know_is_named(tiny_fp16_bundle: Path, tmp_path: Path) -> None:
     import onnx
 
+    source = Bundle.open(tiny_fp16_bundle)
     graph = source.path(source.component("text_encoder").graph)
     model = onnx.load(graph, load_external_data=False)
     next(node for node in model.graph.node if node.op_type == "Softmax").op_type = "Hardestmax"
