@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 from ..errors import BackendError, DeviceMemoryError, MissingDependencyError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 
 def load_driver() -> Any:
@@ -176,7 +176,7 @@ class Buffer(_Closing):
 
     """
 
-    def __init__(self, device: Device, nbytes: int, purpose: str = "working") -> None:
+    def __init__(self, device: Device, nbytes: int, purpose: str = "the request's buffers") -> None:
         self.nbytes = nbytes
         try:
             # The driver refuses to give nothing.
@@ -275,28 +275,29 @@ class Stream(_Closing):
         self._device.call("cuStreamSynchronize", self.handle)
 
     @contextmanager
-    def joined(self, other: int | None) -> Iterator[None]:
-        """Do what is enqueued within after all that another stream holds, and before all that it will be given.
+    def joined(self, others: Iterable[int]) -> Iterator[None]:
+        """Do what is enqueued within after all that other streams hold, and before all that they will be given.
 
         Parameters
         ----------
-        other
-            A caller's stream; None for no stream.
+        others
+            Callers' streams, as integers.
 
         """
-        if other is None:
-            yield
-            return
-        device, theirs = self._device, self._device.driver.CUstream(other)
+        device = self._device
+        streams = [device.driver.CUstream(other) for other in others]
         with Event(device, timing=False) as event:
-            device.call("cuEventRecord", event.handle, theirs)
-            self.wait(event)
+            for theirs in streams:
+                device.call("cuEventRecord", event.handle, theirs)
+                self.wait(event)
             try:
                 yield
             finally:
-                # Also after a failure: the caller's buffers may be in use by what was enqueued before it.
-                self.record(event)
-                device.call("cuStreamWaitEvent", theirs, event.handle, 0)
+                # Also after a failure: what was enqueued before it may be at work in the callers' buffers.
+                if streams:
+                    self.record(event)
+                for theirs in streams:
+                    device.call("cuStreamWaitEvent", theirs, event.handle, 0)
 
     def capture(self, work: Callable[[], object]) -> Graph:
         """Record what `work` enqueues into this stream, without doing it.

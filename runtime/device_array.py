@@ -31,6 +31,17 @@ class DeviceArray:
     PyTorch, CuPy, JAX and others take it as it is, through DLPack or ``__cuda_array_interface__``, and wait for what
     is still being computed in it, on the GPU. It outlives the pipeline that made it.
 
+    Parameters
+    ----------
+    device
+        Where; its context is current.
+    shape, dtype
+        As numpy has them.
+    purpose
+        What it is, where there is too little memory for it.
+    place
+        The address of memory that is somebody else's, and its owner, who is kept; by default the array has its own.
+
     Attributes
     ----------
     pointer
@@ -41,22 +52,28 @@ class DeviceArray:
     """
 
     def __init__(
-        self, device: Device, shape: tuple[int, ...], dtype: Any = np.float32, purpose: str = "the result"
+        self,
+        device: Device,
+        shape: tuple[int, ...],
+        dtype: Any = np.float32,
+        *,
+        purpose: str = "the result",
+        place: tuple[int, Any] | None = None,
     ) -> None:
         self._device = device
         self.shape = shape
         self.dtype: np.dtype[Any] = np.dtype(dtype)
-        self._buffer = Buffer(device, self.nbytes, purpose)
         self._ready: Event | None = None
         self._stream: Stream | None = None
         self._events: list[Event] = []
-        self._finalizer = weakref.finalize(self, _free, device.retain(), self._buffer, self._events)
+        if place is None:
+            buffer = Buffer(device, self.nbytes, purpose)
+            self.pointer, self._owner = buffer.pointer, None
+        else:
+            buffer = None
+            self.pointer, self._owner = place
+        self._finalizer = weakref.finalize(self, _free, device.retain(), buffer, self._events)
         self._finalizer.atexit = False  # the process's end frees it, and the driver may be gone by then
-
-    @property
-    def pointer(self) -> int:
-        """Its address in the GPU's memory."""
-        return self._buffer.pointer
 
     @property
     def nbytes(self) -> int:
@@ -132,10 +149,11 @@ class DeviceArray:
         return _capsule(self)
 
 
-def _free(device: Device, buffer: Buffer, events: list[Event]) -> None:
+def _free(device: Device, buffer: Buffer | None, events: list[Event]) -> None:
     with ExitStack() as stack:
         stack.callback(device.release)
-        stack.callback(buffer.close)
+        if buffer is not None:
+            stack.callback(buffer.close)
         for event in events:
             stack.callback(event.close)
 

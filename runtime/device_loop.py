@@ -83,6 +83,11 @@ class DeviceLoop:
             self._stack = stack.pop_all()
 
     @property
+    def result(self) -> int:
+        """Address of the last latents of a request without recording."""
+        return self._last.pointer
+
+    @property
     def latents_bytes(self) -> int:
         """Size of the latents of all images."""
         return _F4 * self._size
@@ -174,10 +179,6 @@ class DeviceLoop:
             target = self.binding.addresses["latents"] + half * self.latents_bytes
             self._stream.copy_in(target, staging.pointer, self.latents_bytes)
         self._stream.record(self._staged)
-
-    def copy_result(self, target: int) -> None:
-        """Enqueue a copy of the last latents of a request without recording, to an address in the GPU's memory."""
-        self._stream.copy(target, self._last.pointer, self.latents_bytes)
 
     def _enqueue(self) -> None:
         self.binding.enqueue()

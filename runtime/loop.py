@@ -106,7 +106,7 @@ def denoise(
     p, q, a, a_prev, b, c = (part.tolist() for part in (table.p, table.q, table.a, table.a_prev, table.b, table.c))
     for index, timestep in enumerate(table.timesteps.tolist()):
         began = time.perf_counter()
-        output = _shaped("the prediction", predict(x, timestep), x.shape)
+        output = check_shape("the prediction", predict(x, timestep), x.shape)
         m = history[index % depth]
         np.multiply(output, q[index], out=m, dtype=x.dtype, casting="same_kind")
         add(m, p[index], x)
@@ -115,16 +115,17 @@ def denoise(
         for back, weight in enumerate(b[index][: index + 1]):
             add(x_next, weight, history[(index - back) % depth])
         if table.draws_noise[index]:
-            add(x_next, c[index], _shaped("the noise", draw_noise(), x.shape))
+            add(x_next, c[index], check_shape("the noise", draw_noise(), x.shape))
         x_next.flags.writeable = False
         x_prev, x = x, x_next
         replacement = yield HostStep(index, len(table), timestep, x, time.perf_counter() - began)
         if replacement is not None:
-            x = _shaped("the replacement", replacement, x.shape).astype(x.dtype)
+            x = check_shape("the replacement", replacement, x.shape).astype(x.dtype)
             x.flags.writeable = False
 
 
-def _shaped(what: str, array: NDArray[np.float32], shape: tuple[int, ...]) -> NDArray[np.float32]:
+def check_shape(what: str, array: NDArray[np.float32], shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Return an array if it has the shape of the latents; else raise `InputError`."""
     if array.shape != shape:
         raise InputError(f"{what} has the shape {array.shape}: expected {shape}, that of the latents")
     return array

@@ -46,7 +46,7 @@ class OnnxBinding:
         try:
             self._session.run_with_iobinding(self._io)
         except Exception as error:  # onnxruntime's classes share no other base
-            raise BackendError(f"{self._name} failed in onnxruntime: {_first_line(error)}") from error
+            raise BackendError(f"{self._name} failed in onnxruntime: {first_line(error)}") from error
 
 
 class OnnxSession:
@@ -81,7 +81,7 @@ class OnnxSession:
         try:
             self._session: Any = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's classes share no other base
-            raise BackendError(f"onnxruntime does not load {graph}: {_first_line(error)}") from error
+            raise BackendError(f"onnxruntime does not load {graph}: {first_line(error)}") from error
 
     def bind(self, shapes: Mapping[str, tuple[int, ...]]) -> OnnxBinding:
         """Make buffers for inputs and outputs, all of them named in `shapes`, and bind them."""
@@ -98,5 +98,6 @@ class OnnxSession:
         self.close()
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Give the first line of an error's message, which is what the others follow from."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import threading
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, Unpack, overload
 
 import numpy as np
 
 from ..engines import store
 from ..engines.bundle import TOKENIZER
-from ..engines.verified import verify_once
 from ..errors import BackendError, InputError
-from .backends import obstacle, open_session
+from .backends import obstacle, open_engines
 from .images import to_pil
-from .loop import denoise
 from .noise import batch_noise
 from .parameters import describe
 from .request import Arguments, Request, make_request
+from .session import Passage
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -28,8 +27,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from ..engines.bundle import Bundle
+    from .device_array import DeviceArray
     from .loop import Step
-    from .session import Session
+    from .session import Engines
 
 OutputType = Literal["pil", "np", "latent"]
 OUTPUT_TYPES = ("pil", "np", "latent")
@@ -77,8 +77,7 @@ class Pipeline:
             raise BackendError(f"{bundle.folder} cannot be run here: {reason}")
         self.bundle = bundle
         self._lock = threading.Lock()
-        self._sessions: dict[str, Session] = {}
-        self._stack = ExitStack()
+        self._engines: Engines | None = None
         self._closed = False
         self.tokenizer = Tokenizer(bundle.folder / TOKENIZER)
 
@@ -164,6 +163,16 @@ class Pipeline:
         if output_type not in OUTPUT_TYPES:
             raise InputError(f"output type is {output_type!r}: expected one of {', '.join(OUTPUT_TYPES)}")
         request = make_request(self.bundle.manifest, prompt, **arguments)
+        if callback_on_step_end is None:
+            latents = self._at_work().latents(request, self._passages(request), self._noise(request))
+        else:
+            latents = self._watched(request, callback_on_step_end)
+        if output_type == "latent":
+            return list(latents)
+        return self.decode(latents) if output_type == "np" else self.pictures(request, latents)
+
+    def _watched(self, request: Request, callback: StepCallback) -> NDArray[np.float32]:
+        """Run the loop with somebody who sees each step and may replace its latents."""
         loop = self.run(request)
         latents: NDArray[np.float32] | None = None
         sent = None
@@ -171,15 +180,12 @@ class Pipeline:
             while True:
                 step = loop.send(sent)
                 latents, sent = step.latents, None
-                if callback_on_step_end is not None:
-                    returned = callback_on_step_end(self, step.index, step.timestep, {"latents": latents})
-                    replaced = (returned or {}).get("latents", latents)
-                    if replaced is not latents:
-                        latents = sent = np.asarray(replaced, np.float32)
+                returned = callback(self, step.index, step.timestep, {"latents": latents})
+                replaced = (returned or {}).get("latents", latents)
+                if replaced is not latents:
+                    latents = sent = np.asarray(replaced, np.float32)
         assert latents is not None  # a table has at least one row
-        if output_type == "latent":
-            return list(latents)
-        return self.decode(latents) if output_type == "np" else self.pictures(request, latents)
+        return latents
 
     def steps(self, prompt: str | Sequence[str], **arguments: Unpack[Arguments]) -> Generator[Step]:
         """Generate step by step: the denoising loop as a generator, to be stopped at will.
@@ -197,57 +203,92 @@ class Pipeline:
 
     def run(self, request: Request) -> Generator[Step, NDArray[np.float32] | None]:
         """Run the denoising loop of a request; see `steps`. What is sent to the generator replaces the latents."""
-        shape = (len(request.seeds), *request.latent_shape)
-        draw_noise = batch_noise(request.seeds, request.latent_shape)
-        initial = draw_noise() if request.latents is None else request.latents
-        predict = self._predictor(request, shape)
-        return (yield from denoise(request.table, initial, predict, draw_noise))
+        return (yield from self._at_work().denoise(request, self._passages(request), self._noise(request)))
 
-    def _predictor(
-        self, request: Request, shape: tuple[int, ...]
-    ) -> Callable[[NDArray[np.float32], float], NDArray[np.float32]]:
-        """Bind the U-Net, put in the text embeddings, and return the guided prediction as a function of x and t."""
-        embeddings = self._condition(request)
-        images, rows = shape[0], len(embeddings)
-        batch = (rows, *shape[1:])
-        binding = self._session("unet").bind(
-            {"latents": batch, "timestep": (1,), "text_embeddings": embeddings.shape, "prediction": batch}
-        )
-        binding.inputs["text_embeddings"][...] = embeddings
-        latents, timestep, output = binding.inputs["latents"], binding.inputs["timestep"], binding.outputs["prediction"]
+    @staticmethod
+    def _noise(request: Request) -> Callable[[], NDArray[np.float32]]:
+        return batch_noise(request.seeds, request.latent_shape)
 
-        def plain(x: NDArray[np.float32], t: float) -> NDArray[np.float32]:
-            latents[...] = x
-            timestep[0] = t
-            binding.run()
-            return output
-
-        unconditional, conditional = output[:images], output[-images:]
-        guided_output = np.empty(shape, np.float32)
-        scale = np.float32(request.guidance_scale)
-
-        def guided(x: NDArray[np.float32], t: float) -> NDArray[np.float32]:
-            latents[:images] = x
-            latents[images:] = x
-            timestep[0] = t
-            binding.run()
-            np.subtract(conditional, unconditional, out=guided_output)
-            np.multiply(guided_output, scale, out=guided_output)
-            np.add(guided_output, unconditional, out=guided_output)
-            return guided_output
-
-        return guided if request.guided else plain
-
-    def _condition(self, request: Request) -> NDArray[np.float32]:
-        """Embed what the U-Net is told: the negative prompts, where guided, then the prompts."""
+    def _passages(self, request: Request) -> list[Passage]:
+        """Say what the U-Net is told: the negative prompts, where guided, then the prompts."""
         if not request.guided:
-            return self.embed(request.prompts, clip_skip=request.clip_skip)
+            return [self._passage(request.prompts, request.clip_skip)]
         if not request.clip_skip:
-            return self.embed((*request.negative_prompts, *request.prompts))
+            return [self._passage((*request.negative_prompts, *request.prompts), 0)]
         # diffusers skips layers for the prompts alone; A1111 for both.
-        return np.concatenate(
-            [self.embed(request.negative_prompts), self.embed(request.prompts, clip_skip=request.clip_skip)]
-        )
+        return [self._passage(request.negative_prompts, 0), self._passage(request.prompts, request.clip_skip)]
+
+    def _passage(self, texts: Sequence[str], clip_skip: int) -> Passage:
+        distinct = list(dict.fromkeys(texts))
+        rows = tuple(distinct.index(text) for text in texts)
+        return Passage(self.tokenizer.encode(distinct), clip_skip, rows)
+
+    def on_device(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        output_type: Literal["image", "latent"] = "image",
+        initial: Any = None,
+        out: Any = None,
+        stream: Any = None,
+        **arguments: Unpack[Arguments],
+    ) -> DeviceArray:
+        """Generate on the GPU and hand the result over there, copying nothing to the host and waiting for nothing.
+
+        For programs that go on with the result on the GPU. It takes the arguments of a call, and these.
+
+        Parameters
+        ----------
+        prompt
+            What the image shall show, or a list of prompts.
+        output_type
+            ``image`` for float32 of shape (images, 3, height, width) as the decoder gives it: around [-1, 1], to be
+            clamped; ``latent`` for float32 of shape (images, 4, height / 8, width / 8).
+        initial
+            Unit gaussian to start from: an array on the GPU with ``__cuda_array_interface__``, float32 in C order.
+        out
+            Such an array for the result, its address a multiple of 256.
+        stream
+            The caller's CUDA stream, an integer or an object with ``__cuda_stream__``. What it holds comes before the
+            generation, and what it is given afterwards finds the result. Without one, `DeviceArray` lets its consumers
+            wait on the GPU.
+
+        Returns
+        -------
+        DeviceArray
+            A view of `out` if that is given. It goes to PyTorch, CuPy and others through DLPack, and outlives the
+            pipeline.
+
+        Raises
+        ------
+        InputError
+            An argument makes no sense.
+        BackendError
+            The bundle runs on the CPU here, or an engine failed.
+
+        """
+        from .device_engines import DeviceEngines  # noqa: PLC0415 - for those who have a GPU
+        from .device_handover import hand_over  # noqa: PLC0415
+
+        engines = self._at_work()
+        if not isinstance(engines, DeviceEngines):
+            raise BackendError(
+                f"{self.bundle.folder} runs on the CPU here: on_device needs an NVIDIA GPU that it runs on"
+            )
+        if output_type not in {"image", "latent"}:
+            raise InputError(f"output type is {output_type!r}: expected image or latent")
+        request = make_request(self.bundle.manifest, prompt, **arguments)
+        given = request, self._passages(request), self._noise(request)
+        return hand_over(engines, *given, images=output_type == "image", initial=initial, out=out, stream=stream)
+
+    @property
+    def graph_obstacle(self) -> str | None:
+        """Why steps were not replayed from one CUDA graph in the last request, in one line; None if they were.
+
+        None too on the CPU, and before the first request.
+        """
+        obstacle_found: str | None = getattr(self._engines, "graph_obstacle", None)
+        return obstacle_found
 
     def embed(self, texts: Sequence[str], *, clip_skip: int = 0) -> NDArray[np.float32]:
         """Encode prompts, each different one once.
@@ -264,17 +305,7 @@ class Pipeline:
         float32 array of shape (len(texts), 77, width): what the U-Net's cross-attention reads.
 
         """
-        distinct = list(dict.fromkeys(texts))
-        text = self.bundle.manifest.text
-        shape = (len(distinct), text.max_tokens)
-        ids = self.tokenizer.encode(distinct)
-        binding = self._session("text_encoder").bind(
-            {"input_ids": shape, "clip_skip": (1,), "text_embeddings": (*shape, text.embedding_width)}
-        )
-        binding.inputs["input_ids"][...] = ids
-        binding.inputs["clip_skip"][0] = clip_skip
-        binding.run()
-        return binding.outputs["text_embeddings"][[distinct.index(text) for text in texts]]
+        return self._at_work().encode([self._passage(texts, clip_skip)])
 
     def decode(self, latents: NDArray[np.float32]) -> list[NDArray[np.float32]]:
         """Turn latents into images.
@@ -290,18 +321,10 @@ class Pipeline:
             float32 arrays of shape (8h, 8w, 3) in [0, 1].
 
         """
-        _, channels, height, width = latents.shape
-        # One image after the other: the decoder's activations are the largest thing in memory.
-        binding = self._session("vae_decoder").bind(
-            {"latents": (1, channels, height, width), "image": (1, 3, 8 * height, 8 * width)}
-        )
-        images = []
-        for image_latents in latents:
-            binding.inputs["latents"][0] = image_latents
-            binding.run()
-            pixels = binding.outputs["image"][0].transpose(1, 2, 0)
-            images.append(np.ascontiguousarray(np.clip(pixels / 2 + 0.5, 0, 1)))
-        return images
+        return [
+            np.ascontiguousarray(np.clip(image.transpose(1, 2, 0) / 2 + 0.5, 0, 1))
+            for image in self._at_work().decode(latents)
+        ]
 
     def pictures(self, request: Request, latents: NDArray[np.float32]) -> list[Image]:
         """Decode a request's latents to PIL images whose ``info["parameters"]`` tells how they were made."""
@@ -309,21 +332,21 @@ class Pipeline:
             to_pil(array, describe(self.bundle, request, image)) for image, array in enumerate(self.decode(latents))
         ]
 
-    def _session(self, name: str) -> Session:
+    def _at_work(self) -> Engines:
         with self._lock:
             if self._closed:
                 raise InputError("this pipeline is closed: load the bundle again")
-            if name not in self._sessions:
-                verify_once(self.bundle, name)
-                self._sessions[name] = self._stack.enter_context(open_session(self.bundle, name))
-            return self._sessions[name]
+            if self._engines is None:
+                self._engines = open_engines(self.bundle)
+            return self._engines
 
     def close(self) -> None:
         """Free all engines. Calls that are running in other threads must have ended."""
         with self._lock:
             self._closed = True
-            self._sessions.clear()
-            self._stack.close()
+            engines, self._engines = self._engines, None
+        if engines is not None:
+            engines.close()
 
     def __enter__(self) -> Self:
         return self

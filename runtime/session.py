@@ -59,6 +59,9 @@ class DeviceBinding(Protocol):
     def graph_obstacle(self) -> str | None:
         """Why `enqueue` cannot be captured into a CUDA graph, in one line; None if nothing speaks against it."""
 
+    def write(self, name: str, array: NDArray[Any]) -> None:
+        """Enqueue the upload of an input, of the binding's shape; the array may change afterwards."""
+
     def prepare(self) -> int:
         """Do what cannot be captured, and return a number that changes when a captured graph is of no use any more."""
 

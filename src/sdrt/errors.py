@@ -97,7 +97,7 @@ class DeviceMemoryError(BackendError, MemoryError):
     def of(cls, asked: int, free: int, purpose: str) -> Self:
         """Say how much was asked for, what for (a noun phrase), and how much there is."""
         return cls(
-            f"{purpose} needs {asked} bytes of GPU memory and {free} are free: "
+            f"{purpose}: {asked} bytes of GPU memory are needed and {free} are free: "
             "ask for fewer or smaller images at once, or end what else uses the GPU",
             asked,
             free,

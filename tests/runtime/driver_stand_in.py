@@ -545,6 +545,9 @@ class EngineStandIn:
         shape = self._shapes[name]
         return self._driver.floats(self.addresses[name], int(np.prod(shape))).reshape(shape)
 
+    def write(self, name: str, array: np.ndarray[Any, Any]) -> None:
+        self.array(name)[...] = array
+
     def prepare(self) -> int:
         return self.version
 

@@ -100,12 +100,12 @@ def test_stand_in_callers_stream_comes_before_and_after(device: Device, driver: 
     order: list[str] = []
     with Stream(device) as ours, Stream(device) as theirs:
         driver.enqueue(theirs.pointer, lambda: order.append("before"))
-        with ours.joined(theirs.pointer):
+        with ours.joined([theirs.pointer]):
             driver.enqueue(ours.pointer, lambda: order.append("within"))
         driver.enqueue(theirs.pointer, lambda: order.append("after"))
         theirs.synchronize()
         assert order == ["before", "within", "after"]
-        with ours.joined(None):
+        with ours.joined([]):
             pass
         assert driver.count("cuStreamSynchronize") == 1
 
@@ -115,9 +115,11 @@ def test_stand_in_memory_that_is_not_there_is_told_in_bytes(device: Device, driv
     with pytest.raises(DeviceMemoryError) as error:
         Buffer(device, free + 1, "the activations")
     assert (error.value.asked, error.value.free) == (free + 1, free)
-    assert str(error.value).startswith(f"the activations needs {free + 1} bytes of GPU memory and {free} are free: ")
+    assert str(error.value).startswith(
+        f"the activations: {free + 1} bytes of GPU memory are needed and {free} are free: "
+    )
     assert isinstance(error.value, MemoryError)
-    with pytest.raises(DeviceMemoryError, match="the engine needs"):
+    with pytest.raises(DeviceMemoryError, match="the engine: "):
         device.require(free + 1, "the engine")
     with Buffer(device, free):
         pass
@@ -145,7 +147,7 @@ def everything(driver: DriverStandIn) -> None:
         Buffer(device, 64) as buffer,
         Event(device) as event,
         Kernel(device, PTX, NAME),
-        stream.joined(theirs.pointer),
+        stream.joined([theirs.pointer]),
         stream.capture(lambda: stream.copy_in(buffer.pointer, pinned.pointer, 64)) as graph,
     ):
         graph.launch(stream)
