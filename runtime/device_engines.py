@@ -193,8 +193,9 @@ class DeviceEngines:
         return self._sessions[name]
 
     def _bind(self, name: str, shapes: Shapes) -> DeviceBinding:
+        binding = self._session(name).bind(shapes)
         self._unsaved.add(name)
-        return self._session(name).bind(shapes)
+        return binding
 
     def _binding(self, name: str, shapes: Shapes) -> DeviceBinding:
         """Give a binding that serves whoever has the lock: what it is given and what it gives is enqueued at once."""

@@ -233,9 +233,10 @@ class Pipeline:
         stream: Any = None,
         **arguments: Unpack[Arguments],
     ) -> DeviceArray:
-        """Generate on the GPU and hand the result over there, copying nothing to the host and waiting for nothing.
+        """Generate on the GPU and hand the result over there: nothing is copied to the host, nor waited for.
 
-        For programs that go on with the result on the GPU. It takes the arguments of a call, and these.
+        For programs that go on with the result on the GPU. It takes the arguments of a call, and these. The first
+        request of a shape loads and allocates; later ones wait, at most, for the uploads of the one before.
 
         Parameters
         ----------

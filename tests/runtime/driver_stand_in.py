@@ -136,6 +136,7 @@ class DriverStandIn:
             kind: {} for kind in ("memory", "pinned", "stream", "event", "graph", "executable", "module")
         }
         self.retained = 0
+        self._functions: dict[int, bytes] = {}
         self._contexts = threading.local()
         self._next = 0x1000
         self._lock = threading.RLock()
@@ -428,17 +429,18 @@ class DriverStandIn:
             return CUresult.CUDA_ERROR_INVALID_IMAGE
         return self._new("module", image)
 
-    def cuModuleGetFunction(self, module: int, name: bytes) -> tuple[CUresult, bytes] | CUresult:
+    def cuModuleGetFunction(self, module: int, name: bytes) -> tuple[CUresult, Handle] | CUresult:
         if b".entry " + name + b"(" not in self.live["module"][int(module)]:
             return CUresult.CUDA_ERROR_NOT_FOUND
-        return OK, name
+        self._functions[int(module) + 1] = name
+        return OK, Handle(module + 1)
 
     def cuModuleUnload(self, module: int) -> CUresult:
         return self._drop("module", module)
 
     def cuLaunchKernel(
         self,
-        function: bytes,
+        function: int,
         grid_x: int,
         grid_y: int,
         grid_z: int,
@@ -450,7 +452,7 @@ class DriverStandIn:
         packed: tuple[tuple[int, ...], tuple[type, ...]],
         extra: int,
     ) -> CUresult:
-        assert function == NAME.encode()
+        assert self._functions[int(function)] == NAME.encode()
         assert (grid_y, grid_z, block_y, block_z, shared, extra) == (1, 1, 1, 1, 0, 0)
         values, types = packed
         assert types == (ctypes.c_void_p,) * 6 + (ctypes.c_uint,) * 2
@@ -468,7 +470,9 @@ class DriverStandIn:
         size: int,
         other: int,
     ) -> None:
-        """Compute what `sdrt.runtime.device_kernel.SOURCE` says, in its order of rounding."""
+        """Compute what `sdrt.runtime.device_kernel.SOURCE` says, in its order of rounding; nothing for no control."""
+        if not control:
+            return
         state = self.view(control, CONTROL.itemsize).view(CONTROL)[0]
         index, count = int(state["index"]), int(state["count"])
         if index >= count:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 import re
 import threading
@@ -146,13 +147,16 @@ def everything(driver: DriverStandIn) -> None:
         PinnedBuffer(device, 64) as pinned,
         Buffer(device, 64) as buffer,
         Event(device) as event,
-        Kernel(device, PTX, NAME),
+        Kernel(device, PTX, NAME) as kernel,
         stream.joined([theirs.pointer]),
         stream.capture(lambda: stream.copy_in(buffer.pointer, pinned.pointer, 64)) as graph,
     ):
         graph.launch(stream)
         stream.record(event)
         event.wait()
+        numbers = (0,) * 8
+        kernel.launch(stream, 1, 256, numbers, (ctypes.c_void_p,) * 6 + (ctypes.c_uint,) * 2)
+        stream.copy(buffer.pointer, buffer.pointer, 64)
         stream.copy_out(pinned.pointer, buffer.pointer, 64)
         stream.synchronize()
 
@@ -226,6 +230,34 @@ def test_every_function_that_is_called_is_in_the_real_bindings_and_in_the_stand_
         count = len([part for part in parameters.split(",") if part.strip()])
         stand_in = inspect.signature(object.__getattribute__(DriverStandIn(), name))
         assert len(stand_in.parameters) == count, name
+
+
+def test_the_real_bindings_take_the_arguments_of_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    bindings = pytest.importorskip("cuda.bindings.driver")
+    try:
+        bindings.cuInit(0)
+    except RuntimeError as error:
+        absent = type(error)
+    else:
+        pytest.skip("there is a driver here: the tests marked gpu call it")
+    made: list[tuple[str, tuple[Any, ...]]] = []
+    real = Device.call
+
+    def call(self: Device, name: str, *arguments: Any) -> Any:
+        made.append((name, arguments))
+        return real(self, name, *arguments)
+
+    monkeypatch.setattr(Device, "call", call)
+    everything(DriverStandIn())
+    assert len({name for name, _ in made}) > 25
+    for name, arguments in made:
+        # Arguments are converted first, and what cannot be is a TypeError; then the library is missing.
+        given = [
+            bindings.CUstreamCaptureMode(int(each)) if isinstance(each, driver_stand_in.CUstreamCaptureMode) else each
+            for each in arguments
+        ]
+        with pytest.raises(absent):
+            getattr(bindings, name)(*given)
 
 
 def test_the_stand_ins_numbers_are_the_real_ones() -> None:

@@ -19,6 +19,7 @@ from sdrt.runtime.cuda import Device, Stream
 from sdrt.runtime.device_array import DeviceArray
 from sdrt.runtime.device_engines import DeviceEngines
 from sdrt.runtime.device_handover import hand_over
+from sdrt.runtime.device_workspace import Workspace
 from sdrt.runtime.host import HostEngines
 from sdrt.runtime.noise import batch_noise
 from sdrt.runtime.request import make_request
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from sdrt.engines.manifest import Component, Manifest
-    from sdrt.runtime.device_workspace import Workspace
     from sdrt.runtime.request import Request
 
 SMALL: dict[str, Any] = {"width": 64, "height": 64, "num_inference_steps": 5}
@@ -430,6 +430,27 @@ def test_stand_in_any_call_may_fail_and_nothing_is_left(tmp_path: Path, monkeypa
         with garbage_collected():
             driver, message = session(number)
         assert driver.left() == {}, f"call {number}, {whole.calls[number]}: {message}"
+
+
+def test_the_real_tensorrt_rtx_tells_why_it_does_not_load_a_damaged_plan(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    driver = DriverStandIn()
+    component = manifest().components[1]
+    plan = tmp_path / "unet.plan"
+    plan.write_bytes(b"no plan at all" * 100)
+    with Device(0, driver) as device, device.current(), Stream(device) as stream:
+        with pytest.raises(BackendError, match=r"tensorrt-rtx does not load .*unet\.plan: .*Serialization") as error:
+            TensorRTSession(
+                device,
+                stream,
+                workspace=Workspace(device, stream),
+                backend="tensorrt-rtx",
+                plan=plan,
+                component=component,
+                cache=tmp_path / "cache",
+            )
+        assert "\n" not in str(error.value)
+    plan.unlink()  # nothing holds it
 
 
 def test_every_name_of_tensorrt_that_is_used_is_there() -> None:
