@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import tempfile
 import time
 from dataclasses import dataclass
@@ -230,8 +231,8 @@ def measure(source: Path, trial: Trial, size: tuple[int, int], target: str) -> d
     """Build one engine and count its layers."""
     bundle = Bundle.open(source)
     part, factor = bundle.component(trial.component), bundle.manifest.latent.scale_factor
-    larger = (size[0] * 3 // 2 // 64 * 64, size[1] * 3 // 2 // 64 * 64)
-    sizes = [size, larger] if trial.dynamic else [size]
+    larger = tuple(math.ceil(side * 1.5 / 64) * 64 for side in size)
+    sizes = [size, (larger[0], larger[1])] if trial.dynamic else [size]
     # The first profile of the U-Net is the one with guidance.
     profile = profiles_of(part, sizes, [1], factor, dynamic=trial.dynamic)[:1]
     with tempfile.TemporaryDirectory() as folder:

@@ -114,7 +114,10 @@ def _sizes(_ctx: click.Context, _param: click.Parameter, given: tuple[str, ...])
 )
 @click.option("--dynamic", is_flag=True, help="Engines for all sizes and counts between those given; slower.")
 @click.option(
-    "--optimization-level", type=int, metavar="0..5", help="How long to search for fast engines. [default: 3]"
+    "--optimization-level",
+    type=int,
+    metavar="0..5",
+    help="tensorrt: how long to search for fast engines; tensorrt-rtx builds the same at every level. [default: 3]",
 )
 @click.option("--hardware-compatible", is_flag=True, help="tensorrt: engines for all GPUs from Ampere on; slower.")
 @click.option("--version-compatible", is_flag=True, help="tensorrt: engines for later versions of TensorRT too.")
