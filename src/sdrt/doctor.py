@@ -74,10 +74,17 @@ _PARTS = (
         "tensorrt_rtx",
         ("tensorrt-rtx", "tensorrt_rtx"),
         "rtx",
-        "build engines for RTX GPUs, with or without one",
+        "build engines for RTX GPUs, with or without one, and run them on one",
         _rtx_targets,
     ),
-    _Part("tensorrt", "tensorrt", ("tensorrt",), "trt", "build engines for the NVIDIA GPU of this machine", _gpus),
+    _Part(
+        "tensorrt",
+        "tensorrt",
+        ("tensorrt",),
+        "trt",
+        "build engines for the NVIDIA GPU of this machine, and run them",
+        _gpus,
+    ),
 )
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-INPUTS = {
+INPUTS: dict[str, dict[str, tuple[int, ...]]] = {
     "unet": {"latents": (2, 4, 16, 12), "timestep": (1,), "text_embeddings": (2, 77, 64)},
     "vae_decoder": {"latents": (1, 4, 16, 12)},
     "vae_encoder": {"image": (1, 3, 64, 48)},
@@ -40,7 +40,7 @@ def inputs_of(graph: Path, component: str) -> dict[str, NDArray[np.float32]]:
     rng = np.random.default_rng(0)
     session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
     width = {each.name: each.shape[-1] for each in session.get_inputs()}
-    shapes = dict(INPUTS[component])
+    shapes: dict[str, tuple[int, ...]] = {**INPUTS[component]}
     if component == "unet":
         shapes["text_embeddings"] = (2, 77, width["text_embeddings"])
     return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
