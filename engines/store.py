@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 
 from ..errors import BundleError, BundleNotFoundError, InputError
+from . import demo
 from .bundle import MANIFEST, Bundle
 from .manifest_parser import NAME
 from .publish import recover, recover_all
@@ -107,8 +108,8 @@ def resolve(spec: str | os.PathLike[str] | None = None, *, obstacle: Obstacle | 
     ----------
     spec
         A bundle's name in the store, or a path. What holds a separator or begins with ``.`` or ``~`` is a path; else
-        a name, and where the store has none of that name, a folder in the working directory. ``None`` takes the newest
-        bundle that this machine can run.
+        a name, and where the store has none of that name, a folder in the working directory; ``demo`` is always there,
+        since it comes with sdrt. ``None`` takes the newest bundle in the store that this machine can run.
     obstacle
         Tells why this machine cannot run a bundle, or ``None`` if it can. It matters where ``spec`` is ``None`` alone:
         what was asked for by name is opened.
@@ -152,6 +153,8 @@ def locate(spec: str | os.PathLike[str]) -> Path:
     for path in (kept, Path(text)):
         if path.is_dir() and (path == kept or (path / MANIFEST).exists()):
             return path
+    if text == demo.NAME:
+        return demo.bundle_folder(home())
     raise BundleNotFoundError(f"there is no bundle {text!r} in {bundles_folder()}: {_advice(list_bundles())}")
 
 
@@ -179,7 +182,7 @@ def _advice(listings: list[Listing]) -> str:
     whole = [listing.name for listing in listings if listing.bundle is not None]
     broken = [f"{listing.name} (broken)" for listing in listings if listing.bundle is None]
     held = f"there are {', '.join(whole + broken)}" if listings else "it holds none"
-    return f"{held}; build one with sdrt build --ckpt v1-1"
+    return f"{held}; build one with sdrt build --ckpt v1-1, or take the small one that comes with sdrt, {demo.NAME}"
 
 
 def _list_one(path: Path) -> Listing:

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from ..engines import demo as shipped
+from ..engines.store import home
 from ..errors import CheckpointError, InputError
+from . import demo
 from .folder import INDEX, choose_files
 from .hub import HubSpec, fetch, parse_hub_spec
 from .identify import recognise, recognise_pipeline, refuse_variant, sniff
@@ -192,11 +195,14 @@ def _named(spec: str) -> tuple[Path | HubSpec, str]:
     if exists and spec:
         resolved = path.resolve()
         return path, _safe_name(resolved.stem if path.is_file() else resolved.name)
+    if spec == shipped.NAME:
+        # A checkout holds the checkpoint itself; an installed sdrt holds it packed.
+        return demo.model_folder() if demo.model_folder().is_dir() else shipped.checkpoint_folder(home()), spec
     hub = parse_hub_spec(spec)
     if hub is None:
         raise InputError(
-            f"{spec!r:.120} does not exist: expected a file, a folder, v1-1 to v1-5, or a Hugging Face repository "
-            "such as CompVis/stable-diffusion-v1-1"
+            f"{spec!r:.120} does not exist: expected a file, a folder, v1-1 to v1-5, demo, or a Hugging Face "
+            "repository such as CompVis/stable-diffusion-v1-1"
         )
     return hub, _safe_name(hub.name)
 
@@ -217,7 +223,7 @@ def _find(spec: str, progress: Progress, *, ema: bool) -> tuple[Path, str, str]:
     """Bring what was named onto this machine: its path, the bundle's name and the source."""
     found, name = _named(spec)
     if isinstance(found, Path):
-        return found, name, found.resolve().name
+        return found, name, found.resolve().name if Path(spec).expanduser().exists() else name
     fetched = fetch(found, ema=ema, progress=progress)
     return fetched.path, name, fetched.source
 
@@ -233,8 +239,8 @@ def read_checkpoint(
     ----------
     spec
         ``v1-1`` to ``v1-5``; a Hugging Face repository ``owner/name``, with ``:file.ckpt`` for an original file in
-        it, and ``@revision``; a diffusers folder; an original .ckpt or .pt; a .safetensors of either naming. A path
-        that exists wins over a repository of that name.
+        it, and ``@revision``; a diffusers folder; an original .ckpt or .pt; a .safetensors of either naming; ``demo``,
+        the small model that comes with sdrt. A path that exists wins over all other readings of its name.
     ema
         Take the averaged weights of a file that has both.
     progress

@@ -18,6 +18,7 @@ V1_SCHEDULER: Final[dict[str, Any]] = {
     "steps_offset": 1,
     "set_alpha_to_one": False,
     "clip_sample": False,
+    "sampler": "PNDMScheduler",
 }
 """Stable Diffusion v1's, for files that carry none."""
 
@@ -28,6 +29,7 @@ _TEXTS: Final = {
 }
 _FLAGS: Final = ("set_alpha_to_one", "clip_sample", "skip_prk_steps")
 _NUMBERS: Final = ("num_train_timesteps", "steps_offset", "beta_start", "beta_end")
+_LONGEST_NAME: Final = 80
 _UNSUPPORTED: Final = ("trained_betas", "rescale_betas_zero_snr")
 
 
@@ -44,7 +46,8 @@ def check_scheduler(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     Returns
     -------
     dict
-        What the file says; Stable Diffusion v1's values where it says nothing.
+        What the file says; Stable Diffusion v1's values where it says nothing. ``sampler`` is the class in diffusers
+        that the model's makers chose, if the file names one.
 
     Raises
     ------
@@ -69,4 +72,7 @@ def check_scheduler(config: Mapping[str, Any], where: str) -> dict[str, Any]:
             good, expected = type(value) is float and 0.0 < value < 1.0, "a number between 0 and 1"
         if not good:
             raise CheckpointError(f"{where}: {name} is {value!r:.60}, expected {expected}")
+    chosen = config.get("_class_name")
+    if isinstance(chosen, str) and chosen.isidentifier() and len(chosen) <= _LONGEST_NAME:
+        said["sampler"] = chosen
     return V1_SCHEDULER | said

@@ -130,7 +130,8 @@ class Pipeline:
         num_images_per_prompt
             1 by default.
         sampler
-            ``ddpm``, ``ddim``, ``plms`` (the default), ``euler``, ``euler_a`` or ``dpmpp_2m``.
+            ``ddpm``, ``ddim``, ``plms``, ``euler``, ``euler_a`` or ``dpmpp_2m``; by default the one that the model's
+            folder names, as in diffusers, which for Stable Diffusion v1 is ``plms``.
         eta
             Share of ancestral noise of ``ddim``, 0 by default.
         timestep_spacing

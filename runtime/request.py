@@ -12,7 +12,7 @@ import numpy as np
 from ..engines.manifest import DimRange
 from ..errors import InputError
 from .noise import check_seed
-from .samplers import resolve_sampler, sampler_table
+from .samplers import default_sampler, resolve_sampler, sampler_table
 from .schedule import Schedule, check_count, is_number
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class Arguments(TypedDict, total=False):
     height: int | None
     width: int | None
     num_images_per_prompt: int
-    sampler: str
+    sampler: str | None
     eta: float
     timestep_spacing: str | None
     clip_skip: int | None
@@ -100,7 +100,7 @@ def make_request(
     height: int | None = None,
     width: int | None = None,
     num_images_per_prompt: int = 1,
-    sampler: str = "plms",
+    sampler: str | None = None,
     eta: float = 0.0,
     timestep_spacing: str | None = None,
     clip_skip: int | None = None,
@@ -140,12 +140,13 @@ def make_request(
     if isinstance(skipped, bool) or not isinstance(skipped, int) or not 0 <= skipped < layers:
         raise InputError(f"clip skip is {skipped!r}: expected a whole number from 0 to {layers - 1}")
     schedule = Schedule.from_config(dict(manifest.scheduler))
+    chosen = default_sampler(manifest.scheduler) if sampler is None else resolve_sampler(sampler)
     return Request(
         prompts=tuple(text for text in prompts for _ in range(copies)),
         negative_prompts=tuple(text for text in negative for _ in range(copies)),
         seeds=tuple(check_seed(first + image) for image in range(images)),
-        sampler=resolve_sampler(sampler),
-        table=sampler_table(sampler, schedule, num_inference_steps, eta=eta, spacing=timestep_spacing),
+        sampler=chosen,
+        table=sampler_table(chosen, schedule, num_inference_steps, eta=eta, spacing=timestep_spacing),
         guidance_scale=scale,
         height=height,
         width=width,

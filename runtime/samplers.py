@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from . import solvers
@@ -100,6 +100,18 @@ def resolve_sampler(name: str) -> str:
     if key is None:
         raise InputError(f"sampler is {name!r}: expected one of {', '.join(SAMPLERS)}")
     return key
+
+
+def default_sampler(scheduler: Mapping[str, Any]) -> str:
+    """Return the key of the sampler that a model's makers chose; PLMS where they chose none, or one that is not here.
+
+    Parameters
+    ----------
+    scheduler
+        The manifest's; ``sampler`` names it, as diffusers calls it.
+
+    """
+    return _NAMES.get(_plain(str(scheduler.get("sampler", ""))), "plms")
 
 
 def sampler_table(

@@ -21,6 +21,7 @@ from sdrt._version import __version__
 ROOT = Path(__file__).parents[1]
 SIZE_LIMIT = 230_000_000
 """Bytes on disk of the base install with the extra ``cpu``."""
+WHEEL_LIMIT = 15_000_000
 
 
 class Distributions(NamedTuple):
@@ -85,9 +86,9 @@ def test_wheel_holds_the_package_alone_and_no_links(distributions: Distributions
     assert expected_modules() <= names
     assert {"sdrt/py.typed", "sdrt/export/vocabulary/merges.txt.gz", "sdrt/export/vocabulary/LICENSE"} <= names
     assert {name.split("/")[0] for name in names} == {"sdrt", f"sdrt-{__version__}.dist-info"}
-    for folder, pattern in (("engines", "*.md"), ("export/demo/model", "*"), ("export/demo/bundle", "*")):
-        data = [file for file in (ROOT / folder).rglob(pattern) if file.is_file()]
-        assert {f"sdrt/{file.relative_to(ROOT)}" for file in data} <= names
+    assert {"sdrt/engines/README.md", "sdrt/engines/demo.tar.xz"} <= names
+    assert not any(name.endswith(".safetensors") for name in names), "the demo's checkpoint is in the archive"
+    assert distributions.wheel.stat().st_size <= WHEEL_LIMIT
     assert f"Version: {__version__}" in metadata
     assert "License-Expression: Apache-2.0 AND MIT" in metadata
     base = [line for line in metadata.splitlines() if line.startswith("Requires-Dist:") and "extra ==" not in line]
@@ -184,6 +185,25 @@ def test_run_makes_a_picture_without_torch(lean: Lean, tiny_bundle: Path, tmp_pa
     assert done.returncode == 0, done.stderr
     script = "import sys; from PIL import Image; image = Image.open(sys.argv[1]); image.load(); print(image.size)"
     assert lean.run("python", "-c", script, str(picture)).stdout == "(64, 64)\n"
+
+
+def test_run_draws_with_the_demo_from_nothing(lean: Lean, tmp_path: Path) -> None:
+    """No build, no network (a proxy that is not there), and a home folder that is empty."""
+    nowhere = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
+    alone = lean._replace(environment=lean.environment | nowhere | {"SDRT_HOME": str(tmp_path / "home")})
+    picture = tmp_path / "star.png"
+    done = alone.run(
+        "sdrt", "run", "a large red star on a blue background", "--steps", "20", "--seed", "1", "-o", str(picture)
+    )
+    assert done.returncode == 0, done.stderr
+    assert "demo" in done.stderr
+    assert "sdrt build --ckpt v1-1" in done.stderr
+    script = "import sys; from PIL import Image; image = Image.open(sys.argv[1]).convert('RGB'); print(image.size)\n"
+    script += "print(*image.getpixel((64, 64)), *image.getpixel((2, 2)))"
+    size, colours = alone.run("python", "-c", script, str(picture)).stdout.splitlines()
+    assert size == "(128, 128)"
+    red, _, _, _, _, blue = map(int, colours.split())
+    assert min(red, blue) > 150
 
 
 def test_build_names_the_extra_that_it_lacks(lean: Lean, tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def _sizes(_ctx: click.Context, _param: click.Parameter, given: tuple[str, ...])
 
 
 @cli.command()
-@click.option("--ckpt", help="v1-1 ... v1-5, a Hugging Face repo, a diffusers folder, a .ckpt or .safetensors.")
+@click.option("--ckpt", help="v1-1 ... v1-5, demo, a Hugging Face repo, a diffusers folder, a .ckpt or .safetensors.")
 @click.option(
     "--from",
     "source",
@@ -160,7 +160,10 @@ def build(
 @click.option("-n", "--negative-prompt", "negative_prompt", default="", help="What the image shall not show.")
 @click.option("--steps", type=int, default=50, show_default=True, help="Steps of the sampler.")
 @click.option("--cfg-scale", type=float, default=7.5, show_default=True, help="Guidance; 1 or less turns it off.")
-@click.option("--sampler", default="plms", show_default=True, help="ddpm, ddim, plms, euler, euler_a or dpmpp_2m.")
+@click.option(
+    "--sampler",
+    help="ddpm, ddim, plms, euler, euler_a or dpmpp_2m. [default: the model's; plms for Stable Diffusion v1]",
+)
 @click.option("--eta", type=float, default=0.0, help="Ancestral noise of ddim, 0 to 1.")
 @click.option("--spacing", help="Of timesteps: leading, trailing or linspace. [default: the sampler's own]")
 @click.option("--seed", type=int, help="Of the first image; image i has seed + i. [default: drawn at random]")

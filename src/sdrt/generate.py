@@ -8,7 +8,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
+
 from . import progress
+from .engines import demo, store
 from .errors import InputError
 from .runtime.images import save_png
 from .runtime.pipeline import load
@@ -28,7 +31,7 @@ def generate(
     negative_prompt: str,
     steps: int,
     cfg_scale: float,
-    sampler: str,
+    sampler: str | None,
     eta: float,
     spacing: str | None,
     seed: int | None,
@@ -47,7 +50,7 @@ def generate(
     """
     _check_output(output)
     began = time.perf_counter()
-    with load(bundle) as pipe:
+    with load(_fallback() if bundle is None else bundle) as pipe:
         request = make_request(
             pipe.bundle.manifest,
             prompt,
@@ -100,6 +103,18 @@ def generate(
         },
         "iterations_per_second": len(durations) / sum(durations),
     }
+
+
+def _fallback() -> str | None:
+    """Name the demo, and say so, where no bundle was ever built; else let the store choose."""
+    if store.list_bundles():
+        return None
+    click.echo(
+        "sdrt: no bundle is built yet, so this is the demo model, which knows coloured shapes alone: "
+        "sdrt build --ckpt v1-1 builds the real one",
+        err=True,
+    )
+    return demo.NAME
 
 
 def _check_output(output: Path | None) -> None:

@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sdrt.export.demo import autoencoder, denoiser, model_folder
+from sdrt.export.demo import autoencoder, denoiser, model_folder, reading
 from sdrt.export.demo.autoencoder import LATENT_SCALE, reconstruction_psnr, to_tensor
 from sdrt.export.demo.captions import caption, reserved
 from sdrt.export.demo.muon import Muon
-from sdrt.export.demo.networks import new_autoencoder
+from sdrt.export.demo.networks import new_autoencoder, new_text_encoder
 from sdrt.export.demo.progress import Run, trapezoid_rate
-from sdrt.export.demo.scenes import COLOURS, SHAPES, draw, held_out, sample_scene
+from sdrt.export.demo.scenes import COLOURS, SHAPES, Scene, SceneObject, draw, held_out, sample_scene
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -115,7 +115,9 @@ def test_an_interrupted_training_ends_like_an_uninterrupted_one(
 
     def train(name: str) -> dict[str, torch.Tensor]:
         (tmp_path / name).mkdir(exist_ok=True)
-        trained = denoiser.train_denoiser(encoder, tmp_path / name, steps=4, seed=0, scenes=4, batch=2)
+        torch.manual_seed(0)
+        text_encoder = new_text_encoder()
+        trained = denoiser.train_denoiser(encoder, text_encoder, tmp_path / name, steps=4, seed=0, scenes=4, batch=2)
         assert (tmp_path / name / "samples-00004.png").stat().st_size > 500
         return dict(trained.state_dict())
 
@@ -136,6 +138,40 @@ def test_an_interrupted_training_ends_like_an_uninterrupted_one(
         torch.testing.assert_close(resumed[name], value, rtol=0, atol=0)
 
 
+def test_the_text_encoders_training_resumes_and_lowers_its_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "_SAVE_EVERY", 10)
+    torch.set_num_threads(1)
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    whole = reading.train_text_encoder(tmp_path / "whole", steps=30, seed=0, batch=4)
+    advance = Run.advance
+
+    def cut(self: Run) -> None:
+        if self.step == 25:
+            raise _InterruptedError
+        advance(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "advance", cut)
+        with pytest.raises(_InterruptedError):
+            reading.train_text_encoder(tmp_path / "cut", steps=30, seed=0, batch=4)
+    resumed = reading.train_text_encoder(tmp_path / "cut", steps=30, seed=0, batch=4)
+    for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    rows = whole.get_input_embeddings().weight.any(1)
+    assert 30 < int(rows.sum()) < 60, "rows of tokens that no caption has stay zero"
+
+
+def test_thumbnails_show_the_scene() -> None:
+    scene = Scene("blue", (SceneObject("square", "red", 0.25, 0.25, 0.2),))
+    (thumbnail,) = reading.thumbnails([scene]).reshape(1, 16, 16, 3)
+    red, blue = (torch.tensor(COLOURS[name]) / 127.5 - 1 for name in ("red", "blue"))
+    torch.testing.assert_close(thumbnail[3, 3], red)
+    torch.testing.assert_close(thumbnail[12, 12], blue)
+
+
 def test_the_autoencoders_training_repeats_and_lowers_its_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(autoencoder, "_POOL", 50)
     torch.set_num_threads(1)
@@ -150,16 +186,12 @@ def test_the_autoencoders_training_repeats_and_lowers_its_loss(tmp_path: Path, m
     assert 0.7 < float(deviation) < 1.4
 
 
-needs_model = pytest.mark.skipif(not model_folder().exists(), reason="the demo model does not ship yet")
-
-
 def _shipped(part: str) -> Any:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL.from_pretrained(model_folder() / part, torch_dtype=torch.float32)
 
 
-@needs_model
 def test_the_shipped_autoencoder_keeps_pictures_clean() -> None:
     rng = np.random.default_rng(5)
     images = np.stack([draw(sample_scene(rng, held=True)) for _ in range(32)])
@@ -167,7 +199,6 @@ def test_the_shipped_autoencoder_keeps_pictures_clean() -> None:
     assert psnr >= 32
 
 
-@needs_model
 def test_the_shipped_weights_are_float16_small_and_zero_where_nothing_was_learnt() -> None:
     files = list(model_folder().rglob("*.safetensors"))
     assert len(files) == 3

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sdrt.errors import InputError
 from sdrt.runtime.loop import denoise
 from sdrt.runtime.noise import batch_noise
-from sdrt.runtime.samplers import SAMPLERS, SamplerTable, resolve_sampler, sampler_table
+from sdrt.runtime.samplers import SAMPLERS, SamplerTable, default_sampler, resolve_sampler, sampler_table
 from sdrt.runtime.schedule import BETA_SCHEDULES, PREDICTION_TYPES, SPACINGS, Schedule, betas
 
 from .diffusers_reference import SHAPE, Array, diffusers_in_float64, levels, run_diffusers, wobble
@@ -317,3 +317,17 @@ def test_noisier_than_float32_can_tell_diffusers_gives_nan_where_the_table_does_
     _, theirs, _ = run_diffusers("euler_a", config, schedule, 4)
     assert np.isnan(theirs).all(), "diffusers has mended this; compare the two"
     assert np.isfinite(run_ours(sampler_table("euler_a", schedule, 4), np.float32, 0)[0]).all()
+
+
+@pytest.mark.parametrize(
+    ("named", "sampler"),
+    [
+        ("PNDMScheduler", "plms"),
+        ("DPMSolverMultistepScheduler", "dpmpp_2m"),
+        ("EulerAncestralDiscreteScheduler", "euler_a"),
+        ("UniPCMultistepScheduler", "plms"),
+        (None, "plms"),
+    ],
+)
+def test_the_default_is_what_the_model_names(named: str | None, sampler: str) -> None:
+    assert default_sampler({"sampler": named} if named else {}) == sampler
