@@ -40,6 +40,14 @@ class HostEngines:
         self._lock = threading.Lock()
         self._sessions: dict[str, Session] = {}
         self._stack = ExitStack()
+        self._wrap: Callable[[str, Session], Session] | None = None
+
+    def wrap_sessions(self, wrap: Callable[[str, Session], Session]) -> None:
+        """Put something between the pipeline and each session that is loaded from now on, given its name and itself.
+
+        For callers that run many requests at once and decide which call of which component comes when.
+        """
+        self._wrap = wrap
 
     def encode(self, passages: Sequence[Passage]) -> NDArray[np.float32]:
         """Return the text embeddings, float32 of shape (rows of all passages, 77, width)."""
@@ -121,7 +129,8 @@ class HostEngines:
     def _session(self, name: str) -> Session:
         with self._lock:
             if name not in self._sessions:
-                self._sessions[name] = self._stack.enter_context(self._open_session(name))
+                session = self._stack.enter_context(self._open_session(name))
+                self._sessions[name] = session if self._wrap is None else self._wrap(name, session)
             return self._sessions[name]
 
     def close(self) -> None:

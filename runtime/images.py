@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,24 @@ def to_pil(pixels: NDArray[np.float32], parameters: str) -> Image:
     return image
 
 
+def encode(image: Image, file_format: str = "png", quality: int = 100) -> bytes:
+    """Give the bytes of a picture's file: ``png`` with its ``parameters`` text, ``jpeg`` or ``webp``.
+
+    `quality`, 0 to 100, is for the latter two.
+    """
+    from PIL.PngImagePlugin import PngInfo  # noqa: PLC0415
+
+    file = io.BytesIO()
+    if file_format == "png":
+        info = PngInfo()
+        if text := image.info.get(_KEY):
+            info.add_text(_KEY, text)
+        image.save(file, format="PNG", pnginfo=info)
+    else:
+        image.save(file, format=file_format.upper(), quality=quality)
+    return file.getvalue()
+
+
 def save_png(image: Image, path: Path) -> None:
     """Write a PNG with its ``parameters`` text, whole or not at all.
 
@@ -36,14 +55,9 @@ def save_png(image: Image, path: Path) -> None:
         It cannot be written; the message says why.
 
     """
-    from PIL.PngImagePlugin import PngInfo  # noqa: PLC0415
-
-    info = PngInfo()
-    if text := image.info.get(_KEY):
-        info.add_text(_KEY, text)
     draft = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        image.save(draft, format="PNG", pnginfo=info)
+        draft.write_bytes(encode(image))
         draft.replace(path)
     except OSError as error:
         raise SdrtError(f"{path} could not be written ({error.strerror or error}): choose another path") from error

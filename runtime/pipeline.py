@@ -334,6 +334,11 @@ class Pipeline:
             to_pil(array, describe(self.bundle, request, image)) for image, array in enumerate(self.decode(latents))
         ]
 
+    @property
+    def engines(self) -> Engines:
+        """The components at work; each is loaded when it is first needed."""
+        return self._at_work()
+
     def _at_work(self) -> Engines:
         with self._lock:
             if self._closed:

@@ -50,7 +50,7 @@ def generate(
     """
     _check_output(output)
     began = time.perf_counter()
-    with load(_fallback() if bundle is None else bundle) as pipe:
+    with load(fallback() if bundle is None else bundle) as pipe:
         request = make_request(
             pipe.bundle.manifest,
             prompt,
@@ -105,7 +105,7 @@ def generate(
     }
 
 
-def _fallback() -> str | None:
+def fallback() -> str | None:
     """Name the demo, and say so, where no bundle was ever built; else let the store choose."""
     if store.list_bundles():
         return None
