@@ -7,12 +7,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import BundleError, BundleNotFoundError, InputError
 from . import demo
 from .bundle import MANIFEST, Bundle
+from .devices import nvidia_gpus
 from .manifest_parser import NAME
 from .publish import recover, recover_all
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from .manifest import Manifest, Precision
 
 #: Tells why this machine cannot run a bundle, or ``None`` if it can.
 Obstacle = Callable[[Bundle], str | None]
@@ -109,7 +116,9 @@ def resolve(spec: str | os.PathLike[str] | None = None, *, obstacle: Obstacle | 
     spec
         A bundle's name in the store, or a path. What holds a separator or begins with ``.`` or ``~`` is a path; else
         a name, and where the store has none of that name, a folder in the working directory; ``demo`` is always there,
-        since it comes with sdrt. ``None`` takes the newest bundle in the store that this machine can run.
+        since it comes with sdrt. ``None`` takes the newest bundle in the store that this machine can run; should that
+        be fp16 graphs, such as a build of engines leaves behind, and there is no GPU, then the fp32 graphs of the same
+        model, if the store has them.
     obstacle
         Tells why this machine cannot run a bundle, or ``None`` if it can. It matters where ``spec`` is ``None`` alone:
         what was asked for by name is opened.
@@ -164,18 +173,36 @@ def _is_path(text: str) -> bool:
 
 def _newest(obstacle: Obstacle | None) -> Bundle:
     listings = list_bundles()
+    whole = [listing.bundle for listing in listings if listing.bundle is not None]
     reasons = []
-    for listing in listings:
-        if listing.bundle is None:
-            continue
-        reason = obstacle(listing.bundle) if obstacle is not None else None
+    for index, bundle in enumerate(whole):
+        reason = obstacle(bundle) if obstacle is not None else None
         if reason is None:
-            return listing.bundle
-        reasons.append(f"{listing.name} does not run here ({reason})")
+            return _for_cpu(bundle, whole[index + 1 :])
+        reasons.append(f"{bundle.name} does not run here ({reason})")
     raise BundleNotFoundError(
         f"there is no bundle that this machine can run in {bundles_folder()}: "
         + ("; ".join(reasons) + ": build one with sdrt build --ckpt v1-1" if reasons else _advice(listings))
     )
+
+
+def _for_cpu(bundle: Bundle, older: Iterable[Bundle]) -> Bundle:
+    """Without a GPU, give a model's fp32 graphs for its fp16 ones: a CPU needs longer for those, rounding at casts."""
+    if not _is_graphs(bundle, "fp16") or nvidia_gpus():
+        return bundle
+    exact = (
+        other for other in older if _is_graphs(other, "fp32") and _model(other.manifest) == _model(bundle.manifest)
+    )
+    return next(exact, bundle)
+
+
+def _is_graphs(bundle: Bundle, precision: Precision) -> bool:
+    return (bundle.manifest.kind, bundle.manifest.precision) == ("onnx", precision)
+
+
+def _model(manifest: Manifest) -> tuple[object, ...]:
+    """Tell what both precisions of a model have in common."""
+    return manifest.model, manifest.latent, manifest.text, manifest.scheduler
 
 
 def _advice(listings: list[Listing]) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import dataclasses
+from typing import TYPE_CHECKING, Any
 
 from sdrt.engines.bundle import TOKENIZER, hash_file, onnx_data_name, onnx_name, write_manifest
 from sdrt.engines.manifest import (
@@ -28,8 +29,10 @@ HEIGHT = DimRange("height", 8, 128, multiple_of=2)
 WIDTH = DimRange("width", 8, 128, multiple_of=2)
 
 
-def fill(folder: Path, content: bytes = b"weights", *, name: str = "example", created: str | None = None) -> Manifest:
-    """Write a whole bundle into an empty folder."""
+def fill(
+    folder: Path, content: bytes = b"weights", *, name: str = "example", created: str | None = None, **changes: Any
+) -> Manifest:
+    """Write a whole bundle into an empty folder; `changes` are of the manifest's fields."""
     (folder / TOKENIZER).write_bytes(b"{}")
     components = []
     for component in COMPONENT_NAMES:
@@ -75,5 +78,6 @@ def fill(folder: Path, content: bytes = b"weights", *, name: str = "example", cr
         tokenizer=hash_file(folder, TOKENIZER),
         tools={"torch": "2.13.0", "onnx": "1.23.0"},
     )
+    manifest = dataclasses.replace(manifest, **changes)
     write_manifest(folder, manifest)
     return manifest

@@ -3,10 +3,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from sdrt.engines import store
 from sdrt.engines.bundle import MANIFEST, Bundle
+from sdrt.engines.devices import Gpu
+from sdrt.engines.manifest import Backend, Model, Text
 from sdrt.engines.publish import publishing
 from sdrt.engines.store import bundles_folder, check_name, home, list_bundles, place, resolve
 from sdrt.errors import BundleCorruptError, BundleNotFoundError, InputError
@@ -20,10 +24,10 @@ def sdrt_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "home"
 
 
-def build(name: str, created: str | None = None) -> Path:
+def build(name: str, created: str | None = None, **changes: Any) -> Path:
     target = place(name)
     with publishing(target) as folder:
-        fill(folder, name=name, created=created)
+        fill(folder, name=name, created=created, **changes)
     return target
 
 
@@ -73,6 +77,47 @@ def test_the_newest_that_runs_here_is_taken() -> None:
     assert resolve("new", obstacle=lambda _: "needs a GPU").name == "new"
     with pytest.raises(BundleNotFoundError, match=r"new does not run here \(needs a GPU\); old does not run here"):
         resolve(obstacle=lambda _: "needs a GPU")
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> list[Gpu]:
+    """The GPUs of this machine: none unless a test adds one."""
+    found: list[Gpu] = []
+    monkeypatch.setattr(store, "nvidia_gpus", lambda: tuple(found))
+    return found
+
+
+def test_graphs_that_engines_were_built_of_do_not_take_the_place_of_the_cpus_own(gpus: list[Gpu]) -> None:
+    build("v1-1", "2026-01-01T00:00:00Z")
+    build("v1-1-fp16", "2026-01-02T00:00:00Z", precision="fp16")
+    engines = {"kind": "engine", "precision": "fp16", "backend": Backend("tensorrt-rtx", "1.7")}
+    build("v1-1-rtx-sm86", "2026-01-03T00:00:00Z", **engines)
+
+    def needs_gpu(bundle: Bundle) -> str | None:
+        return "needs a GPU" if bundle.manifest.kind == "engine" and not gpus else None
+
+    assert resolve(obstacle=needs_gpu).name == "v1-1"
+    assert resolve("v1-1-fp16", obstacle=needs_gpu).name == "v1-1-fp16"
+    gpus.append(Gpu(0, "NVIDIA GeForce RTX 3090", "8.6", 24 * 2**30))
+    assert resolve(obstacle=needs_gpu).name == "v1-1-rtx-sm86"
+    assert resolve(obstacle=lambda bundle: "another version" if bundle.manifest.kind == "engine" else None).name == (
+        "v1-1-fp16"
+    )
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"model": Model("sd-v1", "v1-4", "diffusers", ema=False)},
+        {"model": Model("sd-v1", "v1-1", "diffusers", ema=True)},
+        {"text": Text(embedding_width=768, layers=12, clip_skip=1)},
+        {"precision": "fp16"},
+    ],
+)
+def test_fp16_graphs_are_taken_where_no_fp32_ones_are_of_the_same_model(gpus: list[Gpu], other: dict[str, Any]) -> None:
+    build("other", "2026-01-01T00:00:00Z", **other)
+    build("v1-1-fp16", "2026-01-02T00:00:00Z", precision="fp16")
+    assert resolve().name == "v1-1-fp16"
 
 
 def test_broken_bundles_are_listed_with_the_reason_and_not_taken() -> None:
