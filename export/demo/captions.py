@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from .scenes import Scene
 
-__all__ = ["caption", "reserved"]
+__all__ = ["caption", "reserved", "word"]
 
 _PLACE_WORDS: Final = {
     "left": "on the left",
@@ -56,6 +56,12 @@ def caption(scene: Scene, rng: np.random.Generator, *, unseen: bool = False, par
         if reserved(text) == unseen:
             return text
     return ""
+
+
+def word(scene: Scene, rng: np.random.Generator) -> str:
+    """Name the shape or the colour of one of a scene's objects, and nothing else."""
+    item = scene.objects[rng.integers(len(scene.objects))]
+    return item.shape if rng.random() < 0.5 else item.colour
 
 
 def _single(scene: Scene, rng: np.random.Generator, *, partial: bool) -> str:

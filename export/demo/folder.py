@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DPMSolverMultistepScheduler
+from diffusers import PNDMScheduler
 
 from .autoencoder import LATENT_SCALE
 
@@ -17,7 +17,7 @@ __all__ = ["write_folder"]
 
 _INDEX = {
     "_class_name": "StableDiffusionPipeline",
-    "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
+    "scheduler": ["diffusers", "PNDMScheduler"],
     "text_encoder": ["transformers", "CLIPTextModel"],
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
@@ -41,9 +41,12 @@ def write_folder(path: Path, autoencoder: Any, text_encoder: Any, unet: Any) -> 
         model.to(torch.float16).save_pretrained(path / name, safe_serialization=True)
         for weights in (path / name).glob("*.safetensors"):
             weights.chmod(0o644)  # safetensors leaves them to their owner alone
-    # Not PLMS, as Stable Diffusion v1 has: what captions say here is so definite that guidance is stiff, and with few
-    # steps PLMS overshoots.
-    DPMSolverMultistepScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
+    PNDMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        steps_offset=1,
+        skip_prk_steps=True,
+        set_alpha_to_one=False,
     ).save_pretrained(path / "scheduler")
     (path / "model_index.json").write_text(json.dumps(_INDEX, indent=2) + "\n", encoding="utf-8")

@@ -29,6 +29,7 @@ class Plan:
     autoencoder_steps: int
     text_steps: int
     steps: int
+    settling_steps: int
     scenes: int
     workers: int
 
@@ -45,6 +46,7 @@ class Plan:
 @click.option("--autoencoder-steps", default=1600, show_default=True)
 @click.option("--text-steps", default=1000, show_default=True, help="First steps of the text encoder, on thumbnails.")
 @click.option("--steps", default=4000, show_default=True, help="Steps of text encoder and U-Net.")
+@click.option("--settling-steps", default=1200, show_default=True, help="Steps after that, on what guidance magnifies.")
 @click.option("--scenes", default=12000, show_default=True, help="Scenes that text encoder and U-Net see.")
 @click.option("--workers", default=2, show_default=True, help="Processes of one thread each; each adds to the batch.")
 def main(**options: Path | int | None) -> None:
@@ -69,6 +71,7 @@ def _worker(rank: int, plan: Plan) -> None:
         train_text_encoder(plan.work, steps=plan.text_steps, seed=plan.seed),
         plan.work,
         steps=plan.steps,
+        settling_steps=plan.settling_steps,
         seed=plan.seed,
         scenes=plan.scenes,
         rank=rank,

@@ -89,15 +89,7 @@ def test_pairs_are_followed(pipe: sdrt.Pipeline) -> None:
 
 
 @pytest.mark.full_size
-@pytest.mark.parametrize(
-    "sampler",
-    [
-        pytest.param(name, marks=pytest.mark.xfail(reason="PLMS overshoots with few steps and much guidance"))
-        if name == "plms"
-        else name
-        for name in sorted(SAMPLERS)
-    ],
-)
+@pytest.mark.parametrize("sampler", sorted(SAMPLERS))
 def test_every_sampler_follows_unseen_prompts(pipe: sdrt.Pipeline, sampler: str) -> None:
     assert measured(pipe, unseen(200, seed=4), sampler=sampler)["all"] >= 0.85
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise, product
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -12,11 +12,12 @@ from safetensors.torch import load_file
 
 from sdrt.export.demo import autoencoder, denoiser, model_folder, reading
 from sdrt.export.demo.autoencoder import LATENT_SCALE, reconstruction_psnr, to_tensor
-from sdrt.export.demo.captions import caption, reserved
+from sdrt.export.demo.captions import caption, reserved, word
 from sdrt.export.demo.muon import Muon
 from sdrt.export.demo.networks import new_autoencoder, new_text_encoder
 from sdrt.export.demo.progress import Run, trapezoid_rate
 from sdrt.export.demo.scenes import COLOURS, SHAPES, Scene, SceneObject, draw, held_out, sample_scene
+from sdrt.export.demo.tokens import new_tokenizer, token_ids
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -54,6 +55,17 @@ def test_captions_name_what_is_drawn() -> None:
             assert all(item.shape in words and item.colour in words for item in scene.objects)
             assert scene.background in words
             assert not any(a == "a" and b == "orange" for a, b in pairwise(words))
+
+
+def test_a_word_names_the_shape_or_the_colour_of_an_object() -> None:
+    rng = np.random.default_rng(1)
+    kinds = set()
+    for _ in range(100):
+        scene = sample_scene(rng)
+        named = word(scene, rng)
+        assert any(named in {item.shape, item.colour} for item in scene.objects)
+        kinds.add(named in SHAPES)
+    assert kinds == {True, False}
 
 
 def test_edges_are_anti_aliased_and_everything_else_is_flat() -> None:
@@ -105,8 +117,9 @@ class _InterruptedError(Exception):
     """Stands for a power cut."""
 
 
+@pytest.mark.parametrize(("stage", "step"), [("denoiser", 1), ("settled", 3)])
 def test_an_interrupted_training_ends_like_an_uninterrupted_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, step: int
 ) -> None:
     monkeypatch.setattr(denoiser, "_SAVE_EVERY", 2)
     monkeypatch.setattr(denoiser, "_GRID_PROMPTS", ("a red star on blue",))
@@ -117,15 +130,17 @@ def test_an_interrupted_training_ends_like_an_uninterrupted_one(
         (tmp_path / name).mkdir(exist_ok=True)
         torch.manual_seed(0)
         text_encoder = new_text_encoder()
-        trained = denoiser.train_denoiser(encoder, text_encoder, tmp_path / name, steps=4, seed=0, scenes=4, batch=2)
-        assert (tmp_path / name / "samples-00004.png").stat().st_size > 500
+        trained = denoiser.train_denoiser(
+            encoder, text_encoder, tmp_path / name, steps=2, settling_steps=4, seed=0, scenes=4, batch=2
+        )
+        assert (tmp_path / name / "settled-00004.png").stat().st_size > 500
         return dict(trained.state_dict())
 
     whole = train("whole")
     advance = Run.advance
 
     def cut(self: Run) -> None:
-        if self.step == 3:
+        if (self.path.stem, self.step) == (stage, step):
             raise _InterruptedError
         advance(self)
 
@@ -186,16 +201,17 @@ def test_the_autoencoders_training_repeats_and_lowers_its_loss(tmp_path: Path, m
     assert 0.7 < float(deviation) < 1.4
 
 
-def _shipped(part: str) -> Any:
-    from diffusers import AutoencoderKL
-
-    return AutoencoderKL.from_pretrained(model_folder() / part, torch_dtype=torch.float32)
+def _shipped(part: str) -> dict[str, torch.Tensor]:
+    (path,) = (model_folder() / part).glob("*.safetensors")
+    return {name: tensor.float() for name, tensor in load_file(path).items()}
 
 
 def test_the_shipped_autoencoder_keeps_pictures_clean() -> None:
     rng = np.random.default_rng(5)
     images = np.stack([draw(sample_scene(rng, held=True)) for _ in range(32)])
-    psnr, _ = reconstruction_psnr(_shipped("vae").eval(), images)
+    model = new_autoencoder().eval()
+    model.load_state_dict(_shipped("vae"))
+    psnr, _ = reconstruction_psnr(model, images)
     assert psnr >= 32
 
 
@@ -209,3 +225,26 @@ def test_the_shipped_weights_are_float16_small_and_zero_where_nothing_was_learnt
     rows = next(tensor for name, tensor in table.items() if name.endswith("token_embedding.weight"))
     assert rows.shape[0] == 49408
     assert 30 < int(rows.any(1).sum()) < 60
+
+
+@torch.no_grad()
+def test_the_shipped_model_heeds_captions_only_where_noise_hides_the_scene() -> None:
+    model = denoiser.Denoiser(new_text_encoder())
+    model.unet.load_state_dict(_shipped("unet"))
+    model.text_encoder.load_state_dict(_shipped("text_encoder"), strict=False)
+    rng = np.random.default_rng(6)
+    scenes = [sample_scene(rng) for _ in range(16)]
+    autoencoder_model = new_autoencoder().eval()
+    autoencoder_model.load_state_dict(_shipped("vae"))
+    clean = autoencoder_model.encode(to_tensor(np.stack([draw(scene) for scene in scenes]))).latent_dist.mean
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+    ids = token_ids(new_tokenizer(), [caption(scene, rng) for scene in scenes])
+    empty = token_ids(new_tokenizer(), [""]).expand(16, -1)
+
+    def difference(timestep: int) -> float:
+        alpha = denoiser.alphas_cumprod()[timestep].float()
+        x = alpha.sqrt() * clean * LATENT_SCALE + (1 - alpha).sqrt() * noise
+        t = torch.full((16,), timestep)
+        return float((model(x, t, ids) - model(x, t, empty)).pow(2).mean().sqrt())
+
+    assert difference(200) < 0.4 * difference(600)
