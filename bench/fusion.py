@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     import onnx
 
-Graph = Literal["as exported", "SiLU in float32 too", "GroupNorm in float16", "GroupNorm and LayerNorm in float16"]
+Graph = Literal["as exported", "SiLU in float16", "GroupNorm and SiLU in float16", "all normalisations in float16"]
 _GROUP_NORM, _LAYER_NORM = "InstanceNormalization", "LayerNormalization"
 
 
@@ -61,17 +61,17 @@ class Trial:
 def trials(component: str) -> Iterator[Trial]:
     """List what is tried: one thing changed at a time."""
     yield Trial(component)
-    yield Trial(component, "SiLU in float32 too")
-    yield Trial(component, "GroupNorm in float16")
+    yield Trial(component, "SiLU in float16")
+    yield Trial(component, "GroupNorm and SiLU in float16")
     if component == "unet":
-        yield Trial(component, "GroupNorm and LayerNorm in float16")
+        yield Trial(component, "all normalisations in float16")
     yield Trial(component, dynamic=True)
     for level in (0, 1, 5):
         yield Trial(component, level=level)
 
 
 class _Editor:
-    """A graph whose normalisations stand between casts to float32 and back, as sdrt exports them."""
+    """A graph whose normalisations stand between casts to float32 and back, as sdrt exports them: a SiLU within."""
 
     def __init__(self, model: onnx.ModelProto, folder: Path) -> None:
         self.model, self.folder = model, folder
@@ -105,23 +105,27 @@ class _Editor:
             count += 1
         return count
 
-    def widen_silu(self) -> int:
-        """Let each SiLU after a normalisation work in float32 too: the cast back stands behind it; gives how many."""
+    def narrow_silu(self) -> int:
+        """Let each SiLU after a normalisation work in float16: the cast back stands before it; gives how many."""
         from onnx import helper  # noqa: PLC0415
 
+        producers = {tensor: node for node in self.nodes for tensor in node.output}
         count = 0
         for back in [node for node in self.nodes if _casts(node) == "FLOAT16"]:
-            followers = self.consumers.get(back.output[0], [])
-            if sorted(node.op_type for node in followers) != ["Mul", "Sigmoid"]:
+            product = producers.get(back.input[0])
+            if product is None or product.op_type != "Mul":
                 continue
-            product = next(node for node in followers if node.op_type == "Mul")
-            narrow = product.output[0]
-            self._rename(back.output[0], back.input[0])
-            product.output[0] = f"{narrow}_wide"
-            at = self.nodes.index(product) + 1
-            self.nodes.insert(
-                at, helper.make_node("Cast", [product.output[0]], [narrow], f"cast_{narrow}", to=_type("FLOAT16"))
-            )
+            gates = [producers[tensor] for tensor in product.input if tensor in producers]
+            gate = next((node for node in gates if node.op_type == "Sigmoid"), None)
+            if gate is None:
+                continue
+            wide = gate.input[0]
+            narrow = f"{wide}_narrow"
+            cast = helper.make_node("Cast", [wide], [narrow], f"cast_{narrow}", to=_type("FLOAT16"))
+            self.nodes.insert(self.nodes.index(gate), cast)
+            for node in (gate, product):
+                node.input[list(node.input).index(wide)] = narrow
+            product.output[0] = back.output[0]
             self._remove(back)
             count += 1
         return count
@@ -149,7 +153,7 @@ class _Editor:
             for node in self.consumers.get(tensor, []):
                 if _casts(node) == "FLOAT16":
                     back.append(node)
-                elif node.op_type not in {"Reshape", "Shape", "Mul", "Add", _GROUP_NORM, _LAYER_NORM}:
+                elif node.op_type not in {"Reshape", "Shape", "Mul", "Add", "Sigmoid", _GROUP_NORM, _LAYER_NORM}:
                     return [], []
                 elif all(node is not other for other in region):
                     region.append(node)
@@ -195,9 +199,9 @@ def _casts(node: onnx.NodeProto) -> str | None:
 
 _EDITS: dict[Graph, Callable[[_Editor], int]] = {
     "as exported": lambda _editor: 1,
-    "SiLU in float32 too": _Editor.widen_silu,
-    "GroupNorm in float16": lambda editor: editor.narrow(_GROUP_NORM),
-    "GroupNorm and LayerNorm in float16": lambda editor: editor.narrow(_GROUP_NORM) and editor.narrow(_LAYER_NORM),
+    "SiLU in float16": _Editor.narrow_silu,
+    "GroupNorm and SiLU in float16": lambda editor: editor.narrow(_GROUP_NORM),
+    "all normalisations in float16": lambda editor: editor.narrow(_GROUP_NORM) and editor.narrow(_LAYER_NORM),
 }
 
 

@@ -4,7 +4,7 @@ diffusers and transformers define the layers; the forward passes are written out
 hold for every latent size, every batch and both precisions, which the originals' Python branches do not.
 
 Inputs and outputs are float32 in every precision. In float16 the graph is strongly typed: convolutions and matrix
-multiplications run in float16, softmax, normalisation and the timestep embedding in float32.
+multiplications run in float16, softmax, normalisation, the SiLU after one and the timestep embedding in float32.
 """
 
 from __future__ import annotations
@@ -79,15 +79,29 @@ class _AttentionProcessor:
 
 
 class _Float32Norm(nn.Module):
-    """A normalisation computed in float32, whatever the dtype around it."""
+    """A normalisation computed in float32, whatever the dtype around it; `wide` leaves its output in float32."""
 
-    def __init__(self, norm: nn.Module) -> None:
+    def __init__(self, norm: nn.Module, *, wide: bool) -> None:
         super().__init__()
         self.norm = norm
+        self.wide = wide
 
     def forward(self, hidden: Tensor) -> Tensor:
         normed: Tensor = self.norm(hidden.float())
-        return normed.to(hidden.dtype)
+        return normed if self.wide else normed.to(hidden.dtype)
+
+
+class _Narrowing(nn.Module):
+    """An activation computed in the dtype of its input, its output in the dtype of the layers that follow."""
+
+    def __init__(self, activation: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.activation = activation
+        self.dtype = dtype
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        activated: Tensor = self.activation(hidden)
+        return activated.to(self.dtype)
 
 
 class _Upsample(nn.Module):
@@ -113,10 +127,15 @@ def _prepare(model: nn.Module, dtype: torch.dtype) -> None:
     """Put in the layers of this module and set the dtypes, in place: float32 where it must be, `dtype` elsewhere."""
     exact: list[nn.Module] = []
     for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
+        children = dict(parent.named_children())
+        # With a cast between the two TensorRT makes two kernels of GroupNorm and SiLU, behind both it makes one.
+        activated = {type(child) for child in children.values()} >= {nn.GroupNorm, nn.SiLU}
+        for name, child in children.items():
             if isinstance(child, (nn.GroupNorm, nn.LayerNorm)):
                 exact.append(child)
-                setattr(parent, name, _Float32Norm(child))
+                setattr(parent, name, _Float32Norm(child, wide=activated))
+            elif isinstance(child, nn.SiLU) and activated:
+                setattr(parent, name, _Narrowing(child, dtype))
             elif isinstance(child, TimestepEmbedding):
                 exact.append(child)
             elif isinstance(child, Upsample2D):

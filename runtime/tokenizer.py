@@ -93,6 +93,17 @@ class Tokenizer:
                 self._warn_dropped(tokens[CAPACITY:])
         return ids
 
+    def count(self, prompt: str) -> int:
+        """Tell how many tokens a prompt has, those included that go beyond 75 and would be dropped.
+
+        Raises
+        ------
+        InputError
+            As `encode`.
+
+        """
+        return len(self._backend.encode(_checked(prompt), add_special_tokens=False).ids)
+
     def _warn_dropped(self, tokens: list[int]) -> None:
         text = self._backend.decode(tokens, skip_special_tokens=False).strip()
         if len(text) > _SHOWN:

@@ -64,7 +64,7 @@ def imports_in(source: str, module: str, *, is_package: bool) -> Iterator[Import
 
 def modules() -> dict[str, Path]:
     """Every module of sdrt by its dotted name; the three folders are followed through their links."""
-    files = [*PACKAGE.glob("*.py")]
+    files = [*PACKAGE.glob("*.py"), *(PACKAGE / "serve").glob("*.py")]
     for folder in ("export", "engines", "runtime"):
         files += sorted((PACKAGE / folder).rglob("*.py"))
     found = {}
@@ -130,6 +130,7 @@ ALLOWED = {
     "sdrt.runtime": ("sdrt.runtime", "sdrt.engines"),
     "sdrt.engines": ("sdrt.engines",),
     "sdrt.export": ("sdrt.export", "sdrt.engines"),
+    "sdrt.serve": ("sdrt.serve", "sdrt.runtime", "sdrt.engines", "sdrt.generate"),
 }
 """What of sdrt a folder may import, besides the errors and the version."""
 
@@ -162,6 +163,7 @@ def test_imports_follow_the_data(module: str) -> None:
         ("sdrt.export.trace", "from ..runtime.tokenizer import Tokenizer"),
         ("sdrt.export.trace", "import runtime.tokenizer"),
         ("sdrt.cli", "from transformers import CLIPTextModel"),
+        ("sdrt.serve.models", "from ..export import trace"),
     ],
 )
 def test_the_rule_catches(module: str, line: str) -> None:

@@ -62,7 +62,7 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> Distributions:
 def expected_modules() -> set[str]:
     """Every module of the working tree, as a wheel names it."""
     package = ROOT / "src" / "sdrt"
-    own = {f"sdrt/{file.name}" for file in package.glob("*.py")}
+    own = {f"sdrt/{file.relative_to(package)}" for each in (package, package / "serve") for file in each.glob("*.py")}
     folders = [package / folder for folder in ("export", "engines", "runtime")]
     return own | {f"sdrt/{file.relative_to(package)}" for folder in folders for file in folder.rglob("*.py")}
 

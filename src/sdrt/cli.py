@@ -20,6 +20,7 @@ import click
 
 from ._version import __version__
 from .errors import BundleCorruptError, InputError, SdrtError, SdrtWarning
+from .serve.command import serve
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -269,6 +270,9 @@ def doctor(*, json: bool) -> None:
 
     facts = examine()
     _print_json(facts) if json else click.echo(table(facts))
+
+
+cli.add_command(serve)
 
 
 def _print_json(facts: dict[str, Any]) -> None:

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 ALL_FUSED: dict[str, dict[PatternKind, int]] = {
     "text_encoder": {"attention": 12, "layer_norm": 25},
-    "unet": {"attention": 32, "geglu": 16, "group_norm": 61},
-    "vae_decoder": {"group_norm": 30},
-    "vae_encoder": {"group_norm": 22},
+    "unet": {"attention": 32, "geglu": 16, "group_norm": 61, "silu": 47},
+    "vae_decoder": {"group_norm": 30, "silu": 29},
+    "vae_encoder": {"group_norm": 22, "silu": 21},
 }
 """How many of each there are in Stable Diffusion v1. The VAE's attention, which has one head, is not fused."""
 

@@ -1,0 +1,1 @@
+"""`sdrt serve`: bundles behind HTTP, in one process that owns the engines."""

@@ -1,0 +1,143 @@
+"""The operations that are served, and the OpenAPI document that describes them: both of one list."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from starlette.routing import Route
+
+from .._version import __version__
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
+
+    from starlette.requests import Request
+    from starlette.responses import Response
+
+    from .schema import Schema
+
+ERROR: Schema = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+
+_MEANINGS = {
+    400: "The request makes no sense; `param` names the field where there is one.",
+    401: "The key is missing or wrong.",
+    403: "The Host header is none of this server's.",
+    404: "There is no such model.",
+    408: "The body did not come in time.",
+    413: "The body is too large.",
+    415: "The body is not JSON.",
+    429: "The queue is full; Retry-After tells when to come back.",
+    500: "The server failed.",
+    503: "The server is loading or about to end, or out of memory.",
+}
+_WITH_RETRY = {429, 503}
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One method of one path.
+
+    Attributes
+    ----------
+    method, path
+        As Starlette has them, with parameters in braces.
+    name
+        Its ``operationId``.
+    summary
+        What it does, in a line.
+    answer
+        The handler.
+    replies
+        For each status of success its description, and its schema by media type.
+    body
+        The schema of the request's JSON, if there is one.
+    errors
+        Statuses that are answered with `ERROR`.
+    open
+        Whether it is answered without a key.
+
+    """
+
+    method: str
+    path: str
+    name: str
+    summary: str
+    answer: Callable[[Request], Awaitable[Response]]
+    replies: Mapping[int, tuple[str, Mapping[str, Schema]]]
+    body: Schema | None = None
+    errors: tuple[int, ...] = ()
+    open: bool = False
+
+
+def routes(operations: Sequence[Operation]) -> list[Route]:
+    """Make Starlette's routes."""
+    return [Route(each.path, each.answer, methods=[each.method]) for each in operations]
+
+
+def document(operations: Sequence[Operation], *, key: bool, hosts: bool) -> dict[str, Any]:
+    """Describe operations in OpenAPI 3.1.
+
+    Parameters
+    ----------
+    operations
+        All that are served.
+    key
+        Whether clients need one.
+    hosts
+        Whether the Host header is looked at.
+
+    """
+    always = (*((403,) if hosts else ()), 500)
+    paths: dict[str, dict[str, Any]] = {}
+    for each in operations:
+        guarded = key and not each.open
+        errors = sorted({*each.errors, *always, *((401,) if guarded else ())})
+        entry: dict[str, Any] = {
+            "operationId": each.name,
+            "summary": each.summary,
+            "responses": {
+                **{str(status): _reply(text, content) for status, (text, content) in each.replies.items()},
+                **{str(status): _error(status) for status in errors if status not in each.replies},
+            },
+        }
+        if each.body is not None:
+            entry["requestBody"] = {"required": True, "content": {"application/json": {"schema": each.body}}}
+        if names := [part[1:-1] for part in each.path.split("/") if part.startswith("{")]:
+            entry["parameters"] = [
+                {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
+            ]
+        if guarded:
+            entry["security"] = [{"key": []}]
+        paths.setdefault(each.path, {})[each.method.lower()] = entry
+    components: dict[str, Any] = {"schemas": {"Error": ERROR}}
+    if key:
+        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    info = {"title": "sdrt", "version": __version__, "description": "Pictures from prompts, with Stable Diffusion v1."}
+    return {"openapi": "3.1.0", "info": info, "paths": paths, "components": components}
+
+
+def _reply(text: str, content: Mapping[str, Schema]) -> dict[str, Any]:
+    return {"description": text, "content": {kind: {"schema": schema} for kind, schema in content.items()}}
+
+
+def _error(status: int) -> dict[str, Any]:
+    reply = _reply(_MEANINGS[status], {"application/json": {"$ref": "#/components/schemas/Error"}})
+    if status in _WITH_RETRY:
+        reply["headers"] = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
+    return reply
