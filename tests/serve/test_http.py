@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 import openai
 import pytest
 from openapi_spec_validator import validate
+from starlette.requests import Request
+
+from sdrt.serve import http
 
 from .server import serving
 
@@ -112,6 +116,22 @@ def test_bodies_are_limited(server: Server, how: tuple[str, ...]) -> None:
     status, _, answer = curl(server, GENERATIONS, *JSON, *how, "--data-binary", "@-", stdin=body)
     assert status == 413
     assert "expected at most 1048576 bytes" in answer["error"]["message"]
+
+
+def test_a_body_that_does_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that sends half of it and then nothing is told so, rather than kept."""
+    monkeypatch.setattr(http, "BODY_PATIENCE_S", 0.05)
+    parts = iter([{"type": "http.request", "body": b'{"prompt"', "more_body": True}])
+
+    async def receive() -> Any:
+        if (part := next(parts, None)) is None:
+            await asyncio.Event().wait()
+        return part
+
+    scope = {"type": "http", "method": "POST", "headers": [(b"content-type", b"application/json")]}
+    with pytest.raises(http.RefusalError, match=r"did not come within 0\.05 seconds") as caught:
+        asyncio.run(http.read_object(Request(scope, receive), {"type": "object", "properties": {}}, {}))
+    assert caught.value.status == 408
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import logging
 import time
 import uuid
 from contextlib import aclosing, suppress
@@ -311,7 +312,10 @@ class Shell:
         self._metrics.seconds.labels(route).observe(seconds)
         client = scope["client"][0] if scope.get("client") else "-"
         facts = {"client": client, "method": scope["method"], "path": scope["path"][:200], "status": status}
-        log.info(
+        # Whoever watches over the server asks every few seconds.
+        level = logging.DEBUG if scope["path"] in self._open_paths and status < 400 else logging.INFO
+        log.log(
+            level,
             '%s "%s %s" %d %.3f s',
             *facts.values(),
             seconds,

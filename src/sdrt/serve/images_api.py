@@ -170,7 +170,7 @@ async def _generate(service: Service, request: Request) -> Response:
     count = fields.get("n", 1)
     if streaming and count > 1:
         raise RefusalError(400, f"n is {count}: expected 1 with stream, whose events do not number pictures", param="n")
-    if "partial_images" in fields and not streaming:
+    if fields.get("partial_images") and not streaming:
         message = "partial_images is given without stream: expected stream to be true, or no partial_images"
         raise RefusalError(400, message, param="partial_images")
     if fields.get("output_format", "png") == "png" and fields.get("output_compression", 100) != 100:
