@@ -34,5 +34,5 @@ def server(home: Path) -> Iterator[Server]:
 @pytest.fixture(scope="session")
 def pipe(home: Path) -> Iterator[sdrt.Pipeline]:
     """The same model in this process."""
-    with sdrt.load(demo.bundle_folder(home)) as pipeline:
+    with sdrt.load(demo.bundle_folder(home), backend="onnxruntime") as pipeline:
         yield pipeline

@@ -24,9 +24,9 @@ COMMAND = [sys.executable, "-m", "sdrt", "serve"]
 
 
 def environment(home: Path, **more: str) -> dict[str, str]:
-    """What a server is started with: nothing of the tests' own settings."""
+    """What a server is started with: nothing of the tests' own settings, and a backend that compiles nothing."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("SDRT_")}
-    return {**kept, "SDRT_HOME": str(home), **more}
+    return {**kept, "SDRT_HOME": str(home), "SDRT_SERVE_BACKEND": "onnxruntime", **more}
 
 
 class Server:

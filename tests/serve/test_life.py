@@ -6,6 +6,7 @@ import base64
 import http.client
 import json
 import os
+import shutil
 import signal
 import socket
 import stat
@@ -18,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import openai
 import pytest
+
+from sdrt.engines import demo
 
 from .server import COMMAND, PATIENCE_S, Server, environment, serving, until
 
@@ -208,6 +211,19 @@ def test_a_bundle_that_is_not_there_or_broken(home: Path, tmp_path: Path) -> Non
     code, line = failure(home, "--bundle", "demo")
     assert code == 2
     assert "are both called 'demo'" in line
+
+
+def test_a_bundle_that_turns_out_to_be_damaged(home: Path, tmp_path: Path) -> None:
+    """Weights are read only when the server listens already; it ends then, and says why in one line."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(demo.bundle_folder(home), folder)
+    weights = max(folder.glob("*unet*"), key=lambda file: file.stat().st_size)
+    with weights.open("r+b") as file:
+        file.write(b"\0damage")
+    with serving(home, bundle=str(folder)) as server:
+        assert server.process.wait(PATIENCE_S) == 1
+        (line,) = server.errors().splitlines()
+    assert weights.name in line
 
 
 def test_a_path_that_cannot_be_a_socket(home: Path, tmp_path: Path) -> None:

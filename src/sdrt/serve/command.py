@@ -32,6 +32,9 @@ def _largest(_ctx: click.Context, _param: click.Parameter, given: str | None) ->
     help="A bundle's name or folder; several times for several. [default: the newest that this machine can run]",
 )
 @click.option(
+    "--backend", default="auto", metavar="NAME", show_default=True, help="What runs ONNX bundles; see sdrt run --help."
+)
+@click.option(
     "--host",
     default="127.0.0.1",
     show_default=True,

@@ -32,7 +32,7 @@ class Model:
     Parameters
     ----------
     pipeline
-        Not used so far.
+        Its engines are loaded by `warm_up`, and by nobody before.
     turns
         Where the calls of all models wait for each other.
 

@@ -196,6 +196,8 @@ class Scheduler:
         began = time.perf_counter()
         denoised = 0.0
         with model.at_work(picture.done.cancelled), closing(model.pipeline.run(request)) as loop:
+            if picture.done.cancelled():  # while it waited for the GPU
+                return None
             for step in loop:
                 seconds = step.seconds  # which waits for the step on a GPU
                 if not step.index:

@@ -41,6 +41,8 @@ class Settings:
     ----------
     bundles
         Names or folders; None for the newest that this machine can run.
+    backend
+        What runs ONNX bundles.
     host, port
         Where to listen; not looked at if there is `uds`.
     uds
@@ -59,6 +61,7 @@ class Settings:
     """
 
     bundles: tuple[str | None, ...]
+    backend: str
     host: str
     port: int
     uds: Path | None
@@ -87,7 +90,7 @@ def serve(settings: Settings, say: Callable[[str], None]) -> None:
 
     """
     with ExitStack() as stack:
-        pipelines = [stack.enter_context(load(bundle)) for bundle in settings.bundles]
+        pipelines = [stack.enter_context(load(bundle, backend=settings.backend)) for bundle in settings.bundles]
         if settings.uds is None:
             listener = listen_on_port(settings.host, settings.port, has_key=settings.key is not None)
         else:
