@@ -35,6 +35,9 @@ MODULES: Mapping[BackendName, tuple[str, str]] = {
     "tensorrt": ("tensorrt", "trt"),
 }
 
+# How many nodes an error names beside the first.
+_NODES_SHOWN = 5
+
 
 @dataclass(frozen=True)
 class Options:
@@ -344,7 +347,17 @@ def _parser_message(backend: str, graph: Path, parser: Any) -> str:
     errors = [parser.get_error(index) for index in range(parser.num_errors)]
     if not errors:
         return f"{backend} cannot read {graph.name}: it gives no reason"
-    error = errors[0]
-    more = f" (and {len(errors) - 1} more errors)" if len(errors) > 1 else ""
-    node = f" at node {error.node_name() or error.node()} ({error.node_operator()})" if error.node_operator() else ""
-    return f"{backend} does not take {graph.name}{node}: {one_line(error.desc())}{more}"
+    first = errors[0]
+    # One node may be behind several errors; and often the text is no more than a condition that was false.
+    nodes = list(dict.fromkeys(node for error in errors if (node := _node_of(error))))
+    where = f" at {nodes[0]}" if _node_of(first) else ""
+    kind = first.code().name.lower().replace("_", " ")
+    others = ", ".join(nodes[1 : 1 + _NODES_SHOWN]) + (", ..." if len(nodes) > 1 + _NODES_SHOWN else "")
+    also = f"; nor at {others}" if others else ""
+    return f"{backend} does not take {graph.name}{where}: {kind}: {one_line(first.desc())}{also}"
+
+
+def _node_of(error: Any) -> str | None:
+    """Name the node of a parser's error; None where it is about the whole file."""
+    operator = error.node_operator()
+    return f"node {error.node_name() or error.node()} ({operator})" if operator else None

@@ -136,6 +136,22 @@ def test_a_node_that_tensorrt_does_not_know_is_named(tiny_fp16_bundle: Path, tmp
         build(source, tmp_path, graph=altered)
 
 
+def test_all_nodes_that_tensorrt_does_not_take_are_named(source: Bundle, tmp_path: Path) -> None:
+    """An operator of ONNX that TensorRT lacks, of which it says "false" alone, and many that are no operators."""
+    import onnx
+
+    operators = ["Bernoulli", *("Magic" for _ in range(7))]
+    nodes = [onnx.helper.make_node(op, [f"x{at}"], [f"x{at + 1}"], f"n{at}") for at, op in enumerate(operators)]
+    ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 4]) for name in ("x0", "x8")]
+    graph = onnx.helper.make_graph(nodes, "graph", ends[:1], ends[1:])
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)]), tmp_path / "odd.onnx")
+    with pytest.raises(BackendError) as caught:
+        build(source, tmp_path, graph=tmp_path / "odd.onnx")
+    others = ", ".join(f"node n{at} (Magic)" for at in range(1, 6))
+    assert str(caught.value).startswith("tensorrt-rtx does not take odd.onnx at node n0 (Bernoulli): unsupported node:")
+    assert str(caught.value).endswith(f"; nor at {others}, ...")
+
+
 def test_shapes_that_cannot_be_built_are_refused_with_tensorrts_reason(source: Bundle, tmp_path: Path) -> None:
     part = source.component("vae_decoder")
     (profile,) = profiles_of(part, [(64, 64)], [1], 8, dynamic=False)
