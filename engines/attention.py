@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from .prune import prune
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -68,13 +70,7 @@ def merge_attention(model: onnx.ModelProto) -> int:
     if not merged:
         return 0
     replaced = {node.output[0]: node for node in merged}
-    nodes = [replaced.get(node.output[0], node) for node in graph.node]
-    del graph.node[:]
-    graph.node.extend(_needed(nodes, {value.name for value in graph.output}))
-    used = {name for node in graph.node for name in node.input}
-    kept = [tensor for tensor in graph.initializer if tensor.name in used]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
+    prune(graph, [replaced.get(node.output[0], node) for node in graph.node])
     model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
     return len(merged)
 
@@ -137,13 +133,3 @@ def _split(graph: _Graph, name: str, order: list[int]) -> tuple[str, int] | None
 
 def _order(transpose: onnx.NodeProto) -> list[int]:
     return list(transpose.attribute[0].ints)
-
-
-def _needed(nodes: list[onnx.NodeProto], wanted: set[str]) -> list[onnx.NodeProto]:
-    """Drop nodes that nothing needs any more; they stand in the order of computation."""
-    kept = []
-    for node in reversed(nodes):
-        if not wanted.isdisjoint(node.output):
-            wanted.update(node.input)
-            kept.append(node)
-    return kept[::-1]

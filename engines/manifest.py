@@ -16,9 +16,16 @@ from typing import Any, Literal
 
 SCHEMA_VERSION = 1
 
-#: The parts of Stable Diffusion v1, in the order in which they run; the last one is needed for image-to-image alone.
-COMPONENT_NAMES = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
+#: The parts of Stable Diffusion v1, in the order in which they run; the first three make images of prompts. The VAE
+#: encoder is for image-to-image, the last, the U-Net's outermost blocks, for feature caching.
+COMPONENT_NAMES = ("text_encoder", "unet", "vae_decoder", "vae_encoder", "unet_shallow")
 REQUIRED_COMPONENTS = COMPONENT_NAMES[:3]
+
+#: What `unet` gives beside the prediction, and `unet_shallow` takes.
+DEEP_FEATURES = "deep_features"
+
+#: Components whose graphs have no weights of their own, and the one whose external data they read.
+SHARED_WEIGHTS = MappingProxyType({"unet_shallow": "unet"})
 
 Kind = Literal["onnx", "engine"]
 Precision = Literal["fp32", "fp16"]

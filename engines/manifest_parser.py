@@ -18,6 +18,7 @@ from .manifest import (
     COMPONENT_NAMES,
     REQUIRED_COMPONENTS,
     SCHEMA_VERSION,
+    SHARED_WEIGHTS,
     Backend,
     Component,
     Dim,
@@ -233,6 +234,9 @@ def _manifest(root: _Node) -> Manifest:
     for name in REQUIRED_COMPONENTS:
         if name not in names:
             raise BundleCorruptError(f"bundle.json: components has no {name}")
+    for component in manifest.components:
+        if (owner := SHARED_WEIGHTS.get(component.name)) is not None:
+            _check_handover(component, next(part for part in manifest.components if part.name == owner))
     # some file systems take bundle.json and Bundle.json for one file
     paths = [entry.path.lower() for entry in manifest.files]
     _refuse_repeated("components and tokenizer have the path", ["bundle.json", *paths])
@@ -242,6 +246,16 @@ def _manifest(root: _Node) -> Manifest:
 def _refuse_repeated(what: str, names: Iterable[str]) -> None:
     if (name := _repeated(names)) is not None:
         raise BundleCorruptError(f"bundle.json: {what} {_short(name)} twice, expected once")
+
+
+def _check_handover(component: Component, owner: Component) -> None:
+    """Check that a component that goes on from another's work takes what that one takes, or gives."""
+    offered = {tensor.name for tensor in (*owner.inputs, *owner.outputs)}
+    if missing := [tensor.name for tensor in component.inputs if tensor.name not in offered]:
+        raise BundleCorruptError(
+            f"bundle.json: components has {component.name}, which takes {_short(missing[0])}, and {owner.name} neither "
+            "takes nor gives it"
+        )
 
 
 def _precision(node: _Node) -> Precision:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 from ..errors import BackendError, InputError, MissingDependencyError
 from .bundle import plan_name
 from .devices import nvidia_gpus
-from .manifest import FileEntry
+from .manifest import DEEP_FEATURES, FileEntry
 from .monitor import Log, Monitor, one_line, run_beside
 from .targets import capability_of_sm
 
@@ -171,6 +171,7 @@ class Builder:
         # By its path, so that the weights beside it are found and mapped, not read.
         if not parser.parse_from_file(os.fspath(graph)):
             raise BackendError(_parser_message(self.backend, graph, parser))
+        _leave_out_features(network)
         config = builder.create_builder_config()
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
         config.progress_monitor = monitor.monitor
@@ -308,6 +309,14 @@ def _network_flags(trt: Any) -> int:
     # TensorRT 11 knows strongly typed networks alone; before, it is a choice.
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     return 0 if flag is None else 1 << int(flag)
+
+
+def _leave_out_features(network: Any) -> None:
+    """Let an engine give nothing for feature caching, which runs on no GPU so far."""
+    outputs = [network.get_output(index) for index in range(network.num_outputs)]
+    for tensor in outputs:
+        if tensor.name == DEEP_FEATURES:
+            network.unmark_output(tensor)
 
 
 class _PlanWriter:

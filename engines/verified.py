@@ -12,6 +12,7 @@ import json
 import os
 from typing import TYPE_CHECKING
 
+from .manifest import SHARED_WEIGHTS
 from .store import home
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ Stamp = list[int | str]
 
 def verify_once(bundle: Bundle, component: str, progress: Progress | None = None) -> None:
     """Check the SHA-256 of a component's files, unless they were found right before and have not changed since.
+
+    Weights that it shares with another component are that one's files, and are checked too.
 
     Parameters
     ----------
@@ -38,6 +41,8 @@ def verify_once(bundle: Bundle, component: str, progress: Progress | None = None
         Names every file that is not as it was built.
 
     """
+    if (owner := SHARED_WEIGHTS.get(component)) is not None:
+        verify_once(bundle, owner, progress)
     note = home() / "verified" / f"{hashlib.sha256(os.fsencode(bundle.folder)).hexdigest()[:32]}.json"
     known = _read(note)
     stamps = {entry.path: _stamp(bundle.path(entry), entry.sha256) for entry in bundle.component(component).files}

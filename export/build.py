@@ -28,6 +28,7 @@ from ..engines.bundle import (
 from ..engines.devices import nvidia_gpus
 from ..engines.manifest import Backend, Component, Latent, Manifest, Model, Precision, Text, utc_now
 from ..engines.publish import publishing
+from ..engines.shallow import outer_blocks
 from ..errors import BundleExistsError, InputError
 from . import modules, parity
 from .checkpoint import checkpoint_name, read_checkpoint
@@ -200,6 +201,10 @@ def _components(
         scale = autoencoder_cases()[2] if precision == "fp16" else 1.0
         return modules.autoencoder(checkpoint.vae, dtype, scale)
 
+    @functools.cache
+    def unet_cases() -> list[Case]:
+        return parity.unet_cases(checkpoint, described["unet"], described["text_encoder"])
+
     jobs = (
         _Job(
             "text_encoder",
@@ -212,19 +217,27 @@ def _components(
             "unet",
             "U-Net",
             sizes["unet"],
-            lambda: parity.unet_cases(checkpoint, described["unet"], described["text_encoder"]),
+            unet_cases,
             lambda: modules.unet(checkpoint.unet, dtype),
         ),
         _Job("vae_decoder", "VAE decoder", sizes["vae"] // 2, lambda: autoencoder_cases()[0], lambda: autoencoder()[0]),
         _Job("vae_encoder", "VAE encoder", sizes["vae"] // 2, lambda: autoencoder_cases()[1], lambda: autoencoder()[1]),
     )
-    return tuple(_component(job, described[job.name], folder, precision, progress) for job in jobs)
+    traced = [_component(job, described[job.name], folder, precision, progress) for job in jobs]
+    progress.stage("U-Net: cutting out its outermost blocks")
+    return (*traced, _shallow(folder, described["unet_shallow"], unet_cases(), precision))
 
 
 def _described(checkpoint: Checkpoint) -> dict[str, Signature]:
     text = checkpoint.text_encoder.config
-    channels = checkpoint.unet.config["in_channels"]
-    return signatures(text["hidden_size"], text["max_position_embeddings"], text["vocab_size"], channels)
+    unet = checkpoint.unet.config
+    return signatures(
+        text["hidden_size"],
+        text["max_position_embeddings"],
+        text["vocab_size"],
+        unet["in_channels"],
+        unet["block_out_channels"][0],
+    )
 
 
 def _component(job: _Job, signature: Signature, folder: Path, precision: Precision, progress: _Progress) -> Component:
@@ -252,6 +265,19 @@ def _component(job: _Job, signature: Signature, folder: Path, precision: Precisi
     files = tuple(hash_file(folder, path, advance) for path in (graph, data, *graphs[1:]))
     progress.advance(f"{job.title}: done", max(job.size - hashed, 0))
     return Component(job.name, precision, files, signature.inputs, signature.outputs, measured)
+
+
+def _shallow(folder: Path, signature: Signature, cases: list[Case], precision: Precision) -> Component:
+    """Make the U-Net's outermost blocks out of its graph, whose weights they read where they are."""
+    name = "unet_shallow"
+    unet = onnx.load(folder / onnx_name("unet"), load_external_data=False)
+    onnx.save(outer_blocks(unet), folder / onnx_name(name))
+    graphs = _graphs(folder, name)
+    measured = parity.measure(
+        "shallow U-Net", [folder / graph for graph in graphs], signature, parity.shallow_cases(cases), precision
+    )
+    files = tuple(hash_file(folder, graph) for graph in graphs)
+    return Component(name, precision, files, signature.inputs, signature.outputs, measured)
 
 
 def _graphs(folder: Path, component: str) -> list[str]:

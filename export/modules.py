@@ -195,13 +195,17 @@ class TextEncoder(nn.Module):
 
 
 class UNet(nn.Module):
-    """The noise predictor (Rombach et al. 2022), its one timestep shared by the whole batch."""
+    """The noise predictor (Rombach et al. 2022), its one timestep shared by the whole batch.
+
+    Beside the prediction it gives what its last layer takes from below, the deep features: with them the outermost
+    blocks alone can predict for the next steps (Ma et al. 2023, DeepCache, arXiv:2312.00858).
+    """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, latents: Tensor, timestep: Tensor, text_embeddings: Tensor) -> Tensor:
+    def forward(self, latents: Tensor, timestep: Tensor, text_embeddings: Tensor) -> tuple[Tensor, Tensor]:
         """Predict.
 
         Parameters
@@ -217,6 +221,8 @@ class UNet(nn.Module):
         -------
         Tensor
             float32, the shape of `latents`: epsilon, v or x0, as the model was trained.
+        Tensor
+            float32 [batch, channels of the first level, height / 8, width / 8]: the deep features.
 
         """
         model = self.model
@@ -232,16 +238,23 @@ class UNet(nn.Module):
                 hidden, outputs = block(hidden, temb=time)
             skips.extend(outputs)
         hidden = model.mid_block(hidden, time, encoder_hidden_states=context)
-        for block in model.up_blocks:
+        for block in model.up_blocks[:-1]:
             mine = tuple(skips[-len(block.resnets) :])
             del skips[-len(block.resnets) :]
-            size = skips[-1].shape[2:] if skips else None
+            size = skips[-1].shape[2:]
             if hasattr(block, "attentions"):
                 hidden = block(hidden, mine, temb=time, encoder_hidden_states=context, upsample_size=size)
             else:
                 hidden = block(hidden, mine, temb=time, upsample_size=size)
+        # Layer by layer, as diffusers' block does it, for what comes before the last one.
+        last = model.up_blocks[-1]
+        for index, resnet in enumerate(last.resnets):
+            features = hidden
+            hidden = resnet(torch.cat([hidden, skips.pop()], dim=1), time)
+            if hasattr(last, "attentions"):
+                hidden = last.attentions[index](hidden, encoder_hidden_states=context, return_dict=False)[0]
         out: Tensor = model.conv_out(model.conv_act(model.conv_norm_out(hidden)))
-        return out.float()
+        return out.float(), features.float()
 
 
 class VaeDecoder(nn.Module):

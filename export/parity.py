@@ -66,7 +66,7 @@ def text_cases(checkpoint: Checkpoint, signature: Signature) -> list[Case]:
 
 
 def unet_cases(checkpoint: Checkpoint, signature: Signature, text: Signature) -> list[Case]:
-    """Run diffusers' U-Net, on what the model's own text encoder says.
+    """Run diffusers' U-Net, on what the model's own text encoder says, and see what its last layer is given from below.
 
     Of other embeddings a trained U-Net has never heard: it may answer with a thousand times their rounding errors.
     """
@@ -74,11 +74,25 @@ def unet_cases(checkpoint: Checkpoint, signature: Signature, text: Signature) ->
     told = [text_encoder(_draw(text, sizes)[0]).last_hidden_state for sizes in _SIZES]
     del text_encoder
     model: Any = load_model("unet", checkpoint.unet).float()
+    last = model.up_blocks[-1].resnets[-1]
+    seen: list[Tensor] = []
+
+    def watch(layer: Any, inputs: tuple[Tensor, ...]) -> None:
+        below = layer.in_channels - model.config.block_out_channels[0]  # the rest is the first convolution's output
+        seen.append(inputs[0][:, :below].clone())
+
+    last.register_forward_pre_hook(watch)
     cases = []
     for sizes, embeddings in zip(_SIZES, told, strict=True):
         latents, timestep, _ = _draw(signature, sizes)
-        cases.append(Case((latents, timestep, embeddings), (model(latents, timestep, embeddings).sample,)))
+        prediction = model(latents, timestep, embeddings).sample
+        cases.append(Case((latents, timestep, embeddings), (prediction, seen.pop())))
     return cases
+
+
+def shallow_cases(unet: list[Case]) -> list[Case]:
+    """Give what the U-Net's outermost blocks shall make of the deep features, from the cases of the whole."""
+    return [Case((*case.inputs, case.outputs[1]), case.outputs[:1]) for case in unet]
 
 
 def autoencoder_cases(

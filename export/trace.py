@@ -12,7 +12,7 @@ import onnx_ir
 import torch
 from torch._dynamo.exc import UserError
 
-from ..engines.manifest import DimRange, TensorSpec
+from ..engines.manifest import DEEP_FEATURES, DimRange, TensorSpec
 from ..errors import ExportError
 
 if TYPE_CHECKING:
@@ -51,29 +51,31 @@ class Signature:
     tokens: int
 
 
-def signatures(text_width: int, length: int, tokens: int, latent_channels: int) -> dict[str, Signature]:
-    """Describe the four components of a model with these widths."""
+def signatures(
+    text_width: int, length: int, tokens: int, latent_channels: int, feature_channels: int = 320
+) -> dict[str, Signature]:
+    """Describe the components of a model with these widths; `feature_channels` is that of the U-Net's first level."""
     latent = (_BATCH, latent_channels, _HEIGHT, _WIDTH)
     image = (_BATCH, 3, _pixels(_HEIGHT), _pixels(_WIDTH))
     embeddings = TensorSpec("text_embeddings", "float32", (_BATCH, length, text_width))
     latents = TensorSpec("latents", "float32", latent)
+    told = (latents, TensorSpec("timestep", "float32", (1,)), embeddings)
+    prediction = TensorSpec("prediction", "float32", latent)
+    features = TensorSpec(DEEP_FEATURES, "float32", (_BATCH, feature_channels, _HEIGHT, _WIDTH))
     return {
         "text_encoder": Signature(
             (TensorSpec("input_ids", "int64", (_BATCH, length)), TensorSpec("clip_skip", "int64", (1,))),
             (embeddings,),
             tokens,
         ),
-        "unet": Signature(
-            (latents, TensorSpec("timestep", "float32", (1,)), embeddings),
-            (TensorSpec("prediction", "float32", latent),),
-            tokens,
-        ),
+        "unet": Signature(told, (prediction, features), tokens),
         "vae_decoder": Signature((latents,), (TensorSpec("image", "float32", image),), tokens),
         "vae_encoder": Signature(
             (TensorSpec("image", "float32", image),),
             (TensorSpec("mean", "float32", latent), TensorSpec("deviation", "float32", latent)),
             tokens,
         ),
+        "unet_shallow": Signature((*told, features), (prediction,), tokens),
     }
 
 

@@ -105,7 +105,7 @@ class OnnxCudaSession:
         return BackendError(f"onnxruntime {what}: {line}")
 
     def bind(self, shapes: Mapping[str, tuple[int, ...]]) -> OnnxCudaBinding:
-        """Make buffers for inputs and outputs, all of them named in `shapes`, and bind them.
+        """Make buffers for the inputs and for those outputs that `shapes` names, and bind them.
 
         Raises
         ------
@@ -144,7 +144,8 @@ class OnnxCudaBinding:
         self._shapes = shapes
         self.graph_obstacle: str | None = session.graph_obstacle
         component = session.component
-        self._specs = {spec.name: spec for spec in (*component.inputs, *component.outputs)}
+        wanted = (*component.inputs, *(spec for spec in component.outputs if spec.name in shapes))
+        self._specs = {spec.name: spec for spec in wanted}
         self._inputs = {spec.name for spec in component.inputs}
         self._buffers: dict[str, Buffer] = {}
         self.addresses: dict[str, int] = {}

@@ -28,7 +28,7 @@ class OnnxBinding:
             spec.name: np.zeros(shapes[spec.name], spec.dtype) for spec in component.inputs
         }
         self.outputs: Mapping[str, NDArray[Any]] = {
-            spec.name: np.zeros(shapes[spec.name], spec.dtype) for spec in component.outputs
+            spec.name: np.zeros(shapes[spec.name], spec.dtype) for spec in component.outputs if spec.name in shapes
         }
         for bind, buffers in ((self._io.bind_input, self.inputs), (self._io.bind_output, self.outputs)):
             for name, buffer in buffers.items():
@@ -84,7 +84,7 @@ class OnnxSession:
             raise BackendError(f"onnxruntime does not load {graph}: {first_line(error)}") from error
 
     def bind(self, shapes: Mapping[str, tuple[int, ...]]) -> OnnxBinding:
-        """Make buffers for inputs and outputs, all of them named in `shapes`, and bind them."""
+        """Make buffers for the inputs and for those outputs that `shapes` names, and bind them."""
         return OnnxBinding(self._session, self._component, shapes)
 
     def close(self) -> None:

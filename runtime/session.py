@@ -38,7 +38,7 @@ class Session(Protocol):
     """A component of a bundle, loaded and ready to run. Sessions may be used by several threads at once."""
 
     def bind(self, shapes: Mapping[str, tuple[int, ...]]) -> Binding:
-        """Make buffers for inputs and outputs, all of them named in `shapes`, and bind them."""
+        """Make buffers for the inputs and for those outputs that `shapes` names, and bind them."""
 
     def close(self) -> None:
         """Free what the session holds. It must not be used afterwards."""
@@ -79,7 +79,7 @@ class DeviceSession(Protocol):
     """A component of a bundle, loaded onto a GPU. Its work is enqueued by one thread at a time."""
 
     def bind(self, shapes: Mapping[str, tuple[int, ...]]) -> DeviceBinding:
-        """Make buffers for inputs and outputs, all of them named in `shapes`, and bind them.
+        """Make buffers for the inputs and for those outputs that `shapes` names, and bind them.
 
         Raises
         ------

@@ -28,7 +28,10 @@ def workshop(request: pytest.FixtureRequest) -> Path:
     assert cache is not None
     root = Path(__file__).parents[1]
     sources = [root / "constraints.txt", root / "bench" / "checkpoints.py", *sorted((root / "export").glob("*.py"))]
-    sources += [root / "engines" / name for name in ("attention.py", "bundle.py", "manifest.py", "publish.py")]
+    sources += [
+        root / "engines" / name
+        for name in ("attention.py", "bundle.py", "manifest.py", "prune.py", "publish.py", "shallow.py")
+    ]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     folder = cache.mkdir("workshop")
     for other in folder.iterdir():

@@ -14,6 +14,7 @@ from sdrt.engines import tensorrt as tensorrt_module
 from sdrt.engines.build import build_engines, default_choice, default_name
 from sdrt.engines.bundle import Bundle
 from sdrt.engines.devices import Gpu
+from sdrt.engines.manifest import DEEP_FEATURES
 from sdrt.engines.targets import host_platform
 from sdrt.errors import BackendError, BundleCorruptError, BundleExistsError, InputError
 
@@ -63,6 +64,18 @@ def test_every_component_has_a_plan_its_layers_and_its_profiles(engines: Bundle,
         assert names == [f"{component.name}.plan", f"{component.name}.layers.json"]
         assert component.parity is None
         assert component.graph.bytes > source.component(component.name).files[1].bytes / 2
+    # Feature caching runs on no GPU so far: neither its graph nor what it keeps is in an engine.
+    assert [component.name for component in engines.manifest.components] == [
+        "text_encoder",
+        "unet",
+        "vae_decoder",
+        "vae_encoder",
+    ]
+    assert [tensor.name for tensor in source.component("unet").outputs] == ["prediction", DEEP_FEATURES]
+    assert [tensor.name for tensor in engines.component("unet").outputs] == ["prediction"]
+    report = fusion.load(engines, "unet")
+    assert report is not None
+    assert not [layer for layer in report.layers if DEEP_FEATURES in str(layer)]
     profiles = engines.component("unet").profiles
     assert [profile["latents"].opt for profile in profiles] == [(2, 4, 8, 8), (1, 4, 8, 8)]
     assert engines.component("vae_decoder").outputs[0].shape == (1, 3, 64, 64)

@@ -25,7 +25,7 @@ from sdrt.export.build import build
 from sdrt.export.checkpoint import Checkpoint, Part, read_checkpoint
 from sdrt.export.trace import OPSET, examples, signatures
 
-SIGNATURES = signatures(64, 77, 49408, 4)
+SIGNATURES = signatures(64, 77, 49408, 4, 32)
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +128,7 @@ def test_a_bundle_records_its_parity_and_its_origin(
         "unet",
         "vae_decoder",
         "vae_encoder",
+        "unet_shallow",
     ]
     for component in manifest.components:
         assert component.parity is not None
