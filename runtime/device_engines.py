@@ -259,6 +259,11 @@ class DeviceEngines:
     @contextmanager
     def _loop(self, request: Request) -> Iterator[DeviceLoop]:
         """Give a loop to a request; it is kept for the next one of the same shape, unless it failed."""
+        if not request.exact:
+            raise BackendError(
+                "guidance interval and cache interval are for the CPU alone so far: leave them out, or run an ONNX "
+                "bundle with CUDA_VISIBLE_DEVICES= to hide the GPU"
+            )
         shape = (len(request.seeds), *request.latent_shape)
         key = (*shape, int(request.guided))
         with self._on_gpu():

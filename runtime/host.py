@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections import deque
-from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from collections import defaultdict, deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+from ..engines.manifest import DEEP_FEATURES
 from .loop import denoise
+from .predictor import Predictor, evaluation_shapes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Sequence
+    from collections.abc import Callable, Generator, Iterator, Sequence
 
     from numpy.typing import NDArray
 
     from ..engines.manifest import Manifest
     from .loop import Step
     from .request import Request
-    from .session import Passage, Session
+    from .session import Binding, Passage, Session
+    from .work import Work
+
+T = TypeVar("T")
+
+# A quarter of a megabyte each at Stable Diffusion's width: the prompts of a sitting, and their negative ones.
+_EMBEDDINGS = 64
 
 
 class HostEngines:
@@ -36,11 +46,15 @@ class HostEngines:
 
     def __init__(self, manifest: Manifest, open_session: Callable[[str], Session]) -> None:
         self._text = manifest.text
+        self._feature_channels = _feature_channels(manifest)
         self._open_session = open_session
         self._lock = threading.Lock()
+        self._turns: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
         self._sessions: dict[str, Session] = {}
         self._stack = ExitStack()
         self._wrap: Callable[[str, Session], Session] | None = None
+        # By token ids and layers left out; whoever is second with the same text may compute it too, and gets the same.
+        self._embedding = functools.lru_cache(_EMBEDDINGS)(self._embed)
 
     def wrap_sessions(self, wrap: Callable[[str, Session], Session]) -> None:
         """Put something between the pipeline and each session that is loaded from now on, given its name and itself.
@@ -51,25 +65,42 @@ class HostEngines:
 
     def encode(self, passages: Sequence[Passage]) -> NDArray[np.float32]:
         """Return the text embeddings, float32 of shape (rows of all passages, 77, width)."""
-        return np.concatenate([self._encode(passage) for passage in passages])
+        texts = [[self._embedding(ids.tobytes(), passage.clip_skip) for ids in passage.ids] for passage in passages]
+        return np.stack([known[row] for known, passage in zip(texts, passages, strict=True) for row in passage.rows])
 
-    def _encode(self, passage: Passage) -> NDArray[np.float32]:
-        shape = passage.ids.shape
+    def _embed(self, ids: bytes, clip_skip: int) -> NDArray[np.float32]:
+        """Encode one text by itself, so that what comes of it depends on no other."""
+        shape = (1, self._text.max_tokens)
+        width = self._text.embedding_width
         binding = self._session("text_encoder").bind(
-            {"input_ids": shape, "clip_skip": (1,), "text_embeddings": (*shape, self._text.embedding_width)}
+            {"input_ids": shape, "clip_skip": (1,), "text_embeddings": (*shape, width)}
         )
-        binding.inputs["input_ids"][...] = passage.ids
-        binding.inputs["clip_skip"][0] = passage.clip_skip
+        binding.inputs["input_ids"][...] = np.frombuffer(ids, np.int64)
+        binding.inputs["clip_skip"][0] = clip_skip
         binding.run()
-        return binding.outputs["text_embeddings"][list(passage.rows)]
+        embedding: NDArray[np.float32] = binding.outputs["text_embeddings"][0]
+        return embedding
 
     def denoise(
         self, request: Request, passages: Sequence[Passage], draw_noise: Callable[[], NDArray[np.float32]]
     ) -> Generator[Step, NDArray[np.float32] | None]:
         """Run the denoising loop; see `.loop.denoise`."""
         initial = draw_noise() if request.latents is None else request.latents
-        predict = self._predictor(request, self.encode(passages), initial.shape)
-        return (yield from denoise(request.table, initial, predict, draw_noise))
+        with _meanwhile(lambda: self._bindings(request)) as bindings:
+            embeddings = self.encode(passages)
+        return (
+            yield from denoise(request.table, initial, Predictor(request, embeddings, bindings.result()), draw_noise)
+        )
+
+    def _bindings(self, request: Request) -> dict[Work, Binding]:
+        """Load what a request needs of the U-Net, and bind it to each kind of its work."""
+        embedding = self._text.max_tokens, self._text.embedding_width
+        return {
+            work: self._session("unet" if work.whole else "unet_shallow").bind(
+                evaluation_shapes(request, work, embedding, self._feature_channels)
+            )
+            for work in dict.fromkeys(request.work)
+        }
 
     def latents(
         self, request: Request, passages: Sequence[Passage], draw_noise: Callable[[], NDArray[np.float32]]
@@ -77,40 +108,6 @@ class HostEngines:
         """Run the whole loop and return the last latents."""
         (last,) = deque(self.denoise(request, passages, draw_noise), maxlen=1)
         return last.latents
-
-    def _predictor(
-        self, request: Request, embeddings: NDArray[np.float32], shape: tuple[int, ...]
-    ) -> Callable[[NDArray[np.float32], float], NDArray[np.float32]]:
-        """Bind the U-Net, put in the text embeddings, and return the guided prediction as a function of x and t."""
-        images, rows = shape[0], len(embeddings)
-        batch = (rows, *shape[1:])
-        binding = self._session("unet").bind(
-            {"latents": batch, "timestep": (1,), "text_embeddings": embeddings.shape, "prediction": batch}
-        )
-        binding.inputs["text_embeddings"][...] = embeddings
-        latents, timestep, output = binding.inputs["latents"], binding.inputs["timestep"], binding.outputs["prediction"]
-
-        def plain(x: NDArray[np.float32], t: float) -> NDArray[np.float32]:
-            latents[...] = x
-            timestep[0] = t
-            binding.run()
-            return output
-
-        unconditional, conditional = output[:images], output[-images:]
-        guided_output = np.empty(shape, np.float32)
-        scale = np.float32(request.guidance_scale)
-
-        def guided(x: NDArray[np.float32], t: float) -> NDArray[np.float32]:
-            latents[:images] = x
-            latents[images:] = x
-            timestep[0] = t
-            binding.run()
-            np.subtract(conditional, unconditional, out=guided_output)
-            np.multiply(guided_output, scale, out=guided_output)
-            np.add(guided_output, unconditional, out=guided_output)
-            return guided_output
-
-        return guided if request.guided else plain
 
     def decode(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the images, float32 of shape (N, 3, height, width), around [-1, 1]."""
@@ -128,8 +125,12 @@ class HostEngines:
 
     def _session(self, name: str) -> Session:
         with self._lock:
+            turn = self._turns[name]
+        with turn:  # one that another thread is loading is waited for, and what else there is can be loaded beside it
             if name not in self._sessions:
-                session = self._stack.enter_context(self._open_session(name))
+                session = self._open_session(name)
+                with self._lock:
+                    self._stack.enter_context(session)
                 self._sessions[name] = session if self._wrap is None else self._wrap(name, session)
             return self._sessions[name]
 
@@ -137,4 +138,19 @@ class HostEngines:
         """Free everything. Nothing may be running."""
         with self._lock:
             self._sessions.clear()
+            self._embedding.cache_clear()
             self._stack.close()
+
+
+@contextmanager
+def _meanwhile(work: Callable[[], T]) -> Iterator[Future[T]]:
+    """Do some work in a thread while the block runs, and wait for it, however the block ends."""
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(work)
+
+
+def _feature_channels(manifest: Manifest) -> int:
+    """Tell how many channels the deep features have that feature caching keeps; 0 in a bundle that is without it."""
+    (unet,) = (component for component in manifest.components if component.name == "unet")
+    channels = next((tensor.shape[1] for tensor in unet.outputs if tensor.name == DEEP_FEATURES), 0)
+    return channels if isinstance(channels, int) else channels.max

@@ -51,6 +51,10 @@ def describe(bundle: Bundle, request: Request, image: int) -> str:
         settings["Clip skip"] = request.clip_skip + 1
     if request.eta:
         settings["Eta"] = f"{request.eta:g}"
+    if request.guided and request.guidance_interval is not None:
+        settings["Guidance interval"] = ",".join(f"{end:g}" for end in request.guidance_interval)
+    if request.cache_interval > 1:
+        settings["Cache interval"] = request.cache_interval
     settings["Version"] = f"sdrt {__version__}"
     lines = [request.prompts[image]]
     if request.guided and request.negative_prompts[image]:

@@ -157,6 +157,15 @@ class Pipeline:
         ------
         InputError
             An argument makes no sense.
+        guidance_interval
+            An approximation: two noise levels (sigma, noise over signal, which for Stable Diffusion v1 falls from 14.6
+            to 0.03) between which there is guidance, ``low < sigma <= high``. Outside, the prediction for the prompt
+            is taken as it is, which is half the work (Kynkaanniemi et al. 2024, arXiv:2404.07724). By default
+            everywhere.
+        cache_interval
+            An approximation: the whole U-Net once in so many steps, and in the others its outermost blocks alone, on
+            the deep features of the last whole one (Ma et al. 2023, DeepCache, arXiv:2312.00858). 1, the default, is
+            the whole in every step.
         BackendError
             An engine failed.
 

@@ -14,6 +14,7 @@ from ..errors import InputError
 from .noise import check_seed
 from .samplers import default_sampler, resolve_sampler, sampler_table
 from .schedule import Schedule, check_count, is_number
+from .work import Work, plan
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,6 +47,12 @@ class Request:
         Last layers of the text encoder to leave out.
     latents
         Unit gaussian to start from, float32 of shape (N, 4, height / 8, width / 8), or None to draw it.
+    guidance_interval
+        The noise levels between which there is guidance, or None for all.
+    cache_interval
+        The whole U-Net runs once in so many evaluations.
+    work
+        What each of the table's evaluations comes to.
 
     """
 
@@ -60,11 +67,24 @@ class Request:
     clip_skip: int
     eta: float
     latents: NDArray[np.float32] | None
+    guidance_interval: tuple[float, float] | None
+    cache_interval: int
+    work: tuple[Work, ...]
 
     @property
     def guided(self) -> bool:
         """Whether the network runs twice a step, as diffusers decides it: beyond 1."""
         return self.guidance_scale > 1
+
+    @property
+    def keeps_features(self) -> bool:
+        """Whether some evaluation goes on from the deep features of another."""
+        return not all(work.whole for work in self.work)
+
+    @property
+    def exact(self) -> bool:
+        """Whether every evaluation does all of its work."""
+        return set(self.work) == {Work(self.guided, whole=True)}
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -87,6 +107,8 @@ class Arguments(TypedDict, total=False):
     timestep_spacing: str | None
     clip_skip: int | None
     latents: ArrayLike | None
+    guidance_interval: tuple[float, float] | None
+    cache_interval: int
 
 
 def make_request(
@@ -105,6 +127,8 @@ def make_request(
     timestep_spacing: str | None = None,
     clip_skip: int | None = None,
     latents: ArrayLike | None = None,
+    guidance_interval: tuple[float, float] | None = None,
+    cache_interval: int = 1,
 ) -> Request:
     """Check a call against the model and fill in what it leaves open; `Pipeline.__call__` documents the arguments.
 
@@ -141,18 +165,25 @@ def make_request(
         raise InputError(f"clip skip is {skipped!r}: expected a whole number from 0 to {layers - 1}")
     schedule = Schedule.from_config(dict(manifest.scheduler))
     chosen = default_sampler(manifest.scheduler) if sampler is None else resolve_sampler(sampler)
+    table = sampler_table(chosen, schedule, num_inference_steps, eta=eta, spacing=timestep_spacing)
+    interval = _guidance_interval(guidance_interval)
+    every = _cache_interval(cache_interval, manifest)
+    sigmas = schedule.sigmas_at(table.timesteps).tolist()
     return Request(
         prompts=tuple(text for text in prompts for _ in range(copies)),
         negative_prompts=tuple(text for text in negative for _ in range(copies)),
         seeds=tuple(check_seed(first + image) for image in range(images)),
         sampler=chosen,
-        table=sampler_table(chosen, schedule, num_inference_steps, eta=eta, spacing=timestep_spacing),
+        table=table,
         guidance_scale=scale,
         height=height,
         width=width,
         clip_skip=skipped,
         eta=float(eta),
         latents=_latents(latents, (images, 4, height // _PIXELS, width // _PIXELS)),
+        guidance_interval=interval,
+        cache_interval=every,
+        work=plan(sigmas, guided=scale > 1, guidance_interval=interval, cache_interval=every),
     )
 
 
@@ -183,6 +214,28 @@ def _side(name: str, given: int | None, manifest: Manifest, axis: int) -> int:
         wanted = f"{least}" if least == most else f"{least} to {most}"
         raise InputError(f"{name} is {side}: expected {wanted}, which is what this bundle was built for")
     return side
+
+
+def _guidance_interval(given: Any) -> tuple[float, float] | None:
+    if given is None:
+        return None
+    ends = tuple(given) if isinstance(given, tuple | list) else ()
+    if len(ends) != 2 or not all(is_number(end) or end == math.inf for end in ends) or not 0 <= ends[0] < ends[1]:
+        raise InputError(
+            f"guidance interval is {given!r}: expected two noise levels (sigma), the lower one first, such as (0.3, 5)"
+        )
+    return float(ends[0]), float(ends[1])
+
+
+def _cache_interval(given: int, manifest: Manifest) -> int:
+    interval = check_count("cache_interval", given)
+    if interval > 1 and all(component.name != "unet_shallow" for component in manifest.components):
+        if manifest.kind == "engine":
+            advice = "leave it out, or run an ONNX bundle on the CPU"
+        else:
+            advice = f"build it again with sdrt build --ckpt {manifest.model.source} --force"
+        raise InputError(f"cache interval is {interval}, and this bundle has no graph for feature caching: {advice}")
+    return interval
 
 
 def _latents(given: Any, shape: tuple[int, ...]) -> NDArray[np.float32] | None:

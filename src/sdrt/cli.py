@@ -156,6 +156,18 @@ def build(
 
 
 @cli.command()
+def _interval(_ctx: click.Context, _param: click.Parameter, given: str | None) -> tuple[float, float] | None:
+    if given is None:
+        return None
+    try:
+        low, high = map(float, given.split(","))
+    except ValueError:
+        raise click.BadParameter(
+            f"{given!r} is no interval: expected two noise levels (sigma), such as 0.3,5"
+        ) from None
+    return low, high
+
+
 @click.argument("prompt")
 @click.option("--bundle", help="A bundle's name or folder. [default: the newest that this machine can run]")
 @click.option("-n", "--negative-prompt", "negative_prompt", default="", help="What the image shall not show.")
@@ -181,6 +193,21 @@ def build(
 @_json
 def run(prompt: str, bundle: str | None, output: Path | None, *, json: bool, **options: Any) -> None:
     """Generate images from PROMPT and save them as PNG."""
+@click.option(
+    "--guidance-interval",
+    callback=_interval,
+    metavar="LOW,HIGH",
+    help="Approximate: guidance between these noise levels (sigma) alone, as in 0.3,5, so that other steps take half "
+    "the time. [default: everywhere]",
+)
+@click.option(
+    "--cache-interval",
+    type=int,
+    default=1,
+    metavar="K",
+    show_default=True,
+    help="Approximate: the whole U-Net in every Kth step, its outermost blocks alone in the others.",
+)
     from .generate import generate  # noqa: PLC0415
 
     facts = generate(prompt, bundle, output, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import time
@@ -43,6 +44,8 @@ def generate(
     """Generate images and save them; the arguments are those of the command line.
 
     Returns
+    guidance_interval: tuple[float, float] | None,
+    cache_interval: int,
     -------
     dict
         What was made, where it is, and how long it took in seconds.
@@ -73,6 +76,8 @@ def generate(
             for step in pipe.run(request):
                 durations.append(step.seconds)
                 latents = step.latents
+            guidance_interval=guidance_interval,
+            cache_interval=cache_interval,
                 count()
         denoised = time.perf_counter()
         images = pipe.pictures(request, latents)
@@ -102,6 +107,10 @@ def generate(
             "total": time.perf_counter() - began,
         },
         "iterations_per_second": len(durations) / sum(durations),
+        # null for an open end: JSON has no infinity
+        "guidance_interval": request.guidance_interval
+        and [end if math.isfinite(end) else None for end in request.guidance_interval],
+        "cache_interval": request.cache_interval,
     }
 
 

@@ -81,6 +81,13 @@ def test_the_readme_documents_every_field(document: dict[str, Any]) -> None:
     assert {key for key in keys - optional if f"`{key}`" not in text} == set()
 
 
+def test_outer_blocks_take_what_the_whole_network_offers(document: dict[str, Any]) -> None:
+    (index,) = (number for number, part in enumerate(document["components"]) if part["name"] == "unet_shallow")
+    says = 'components has unet_shallow, which takes "features", and unet neither takes nor gives it'
+    with pytest.raises(BundleCorruptError, match=says):
+        parse_manifest(changed(document, f"components/{index}/inputs/1/name", "features"))
+
+
 @pytest.mark.parametrize("field", [*(field.name for field in dataclasses.fields(Manifest)), "components/1/files"])
 def test_a_missing_field_is_named(document: dict[str, Any], field: str) -> None:
     named = field.replace("/1/", "[1].")

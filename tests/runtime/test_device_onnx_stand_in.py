@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from sdrt.errors import BackendError, DeviceMemoryError
+from sdrt.errors import BackendError, DeviceMemoryError, InputError
 from sdrt.runtime.cuda import Device, Stream
 from sdrt.runtime.device_engines import DeviceEngines
 from sdrt.runtime.device_onnx import OnnxCudaSession
@@ -153,6 +153,20 @@ def test_stand_in_provider_captures_a_graph_for_each_binding(machine: Onnx, engi
     assert sessions["text_encoder"].options["enable_cuda_graph"] == "0"
     assert engines.graph_obstacle == "onnxruntime captures the network by itself"
     assert machine.driver.count("cuStreamBeginCapture") == 0
+
+
+def test_stand_in_approximations_are_refused_and_what_covers_everything_is_not(
+    machine: Onnx, engines: DeviceEngines
+) -> None:
+    request = machine.request(guidance_interval=(0.5, 5.0))
+    with pytest.raises(BackendError, match="guidance interval and cache interval are for the CPU alone so far"):
+        run(engines, request)
+    whole = machine.request(guidance_interval=(0.0, 1000.0))
+    np.testing.assert_array_equal(run(engines, whole), run(engines, machine.request()))
+    with pytest.raises(
+        InputError, match="no graph for feature caching: leave it out, or run an ONNX bundle on the CPU"
+    ):
+        machine.request(cache_interval=2)
 
 
 @pytest.mark.parametrize(

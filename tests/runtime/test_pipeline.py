@@ -15,7 +15,9 @@ import torch
 import sdrt
 from sdrt.errors import BackendError, BundleCorruptError, InputError, SdrtWarning
 from sdrt.export.vocabulary import read_merges, vocabulary
+from sdrt.runtime.request import make_request
 from sdrt.runtime.samplers import SAMPLERS
+from sdrt.runtime.schedule import Schedule
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -150,6 +152,74 @@ def test_ddim_with_eta_is_that_of_diffusers(pipe: sdrt.Pipeline, reference: Any)
         output_type="np",
     )
     assert psnr(found[0], expected[0]) >= 60
+
+
+def test_guidance_down_to_a_noise_level_is_that_of_diffusers(pipe: sdrt.Pipeline, reference: Any) -> None:
+    """diffusers' own recipe: a callback that takes guidance away after some steps."""
+    guided, steps = 4, 9
+    table = make_request(pipe.bundle.manifest, PROMPT, num_inference_steps=steps, sampler="euler").table
+    sigmas = Schedule.from_config(dict(pipe.bundle.manifest.scheduler)).sigmas_at(table.timesteps)
+
+    def stop(pipeline: Any, index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if index == guided - 1:
+            pipeline._guidance_scale = 0.0
+            tensors["prompt_embeds"] = tensors["prompt_embeds"].chunk(2)[-1]
+        return tensors
+
+    callback: dict[str, Any] = {
+        "callback_on_step_end": stop,
+        "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"],
+    }
+    expected = run_reference(reference, "euler", steps, guidance=7.5, size=(64, 64), seed=5, **callback)
+    options: dict[str, Any] = {
+        "negative_prompt": NEGATIVE,
+        "num_inference_steps": steps,
+        "width": 64,
+        "height": 64,
+        "seed": 5,
+        "sampler": "euler",
+        "output_type": "np",
+    }
+    found = pipe(PROMPT, guidance_interval=(float(sigmas[guided - 1 : guided + 1].mean()), math.inf), **options)
+    assert psnr(found[0], expected[0]) >= 60
+    assert psnr(found[0], pipe(PROMPT, **options)[0]) < 60
+
+
+@pytest.mark.parametrize("guidance", [7.5, 1.0])
+@pytest.mark.parametrize("sampler", ["ddim", "plms", "dpmpp_2m"])
+def test_feature_caching_is_diffusers_with_its_deep_features_kept(
+    pipe: sdrt.Pipeline, reference: Any, sampler: str, guidance: float
+) -> None:
+    """Ma et al. 2023: in two of three steps the last layer takes from below what it took in the first."""
+    calls, kept = 0, torch.empty(0)
+
+    def keep(layer: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        nonlocal calls, kept
+        hidden, *rest = inputs
+        below = layer.in_channels - reference.unet.config.block_out_channels[0]
+        if calls % 3 == 0:
+            kept = hidden[:, :below].clone()
+        calls += 1
+        return (torch.cat([kept, hidden[:, below:]], dim=1), *rest)
+
+    hook = reference.unet.up_blocks[-1].resnets[-1].register_forward_pre_hook(keep)
+    try:
+        expected = run_reference(reference, sampler, 8, guidance=guidance, size=(72, 64), seed=6)
+    finally:
+        hook.remove()
+    options: dict[str, Any] = {
+        "negative_prompt": NEGATIVE,
+        "num_inference_steps": 8,
+        "guidance_scale": guidance,
+        "width": 72,
+        "height": 64,
+        "seed": 6,
+        "sampler": sampler,
+        "output_type": "np",
+    }
+    found = pipe(PROMPT, cache_interval=3, **options)
+    assert psnr(found[0], expected[0]) >= 60
+    assert not np.array_equal(found[0], pipe(PROMPT, **options)[0])
 
 
 @pytest.mark.parametrize("sampler", ["plms", "euler_a"])
