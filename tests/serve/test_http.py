@@ -14,7 +14,7 @@ from starlette.requests import Request
 
 from sdrt.serve import http
 
-from .server import serving
+from .server import serving, until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -71,7 +71,9 @@ def test_figures(server: Server) -> None:
 
 def test_the_log_is_json(server: Server) -> None:
     _, headers, _ = curl(server, "/no/such\x1b[31m".replace("\x1b", "%1b").replace("[", "%5b"))
-    entry = next(each for each in server.log() if each.get("request_id") == headers["x-request-id"])
+    number = headers["x-request-id"]
+    until("it is logged", lambda: number in server.errors(), within_s=10)
+    (entry,) = [each for each in server.log() if each.get("request_id") == number]
     assert entry["level"] == "info"
     assert (entry["method"], entry["path"], entry["status"]) == ("GET", "/no/such\x1b[31m", 404)
     assert entry["seconds"] < 1

@@ -73,6 +73,7 @@ def test_pictures_are_the_same_alone_and_with_others(server: Server, pipe: sdrt.
     orders += [
         {"guidance_scale": 0, "num_inference_steps": 8},
         {"sampler": "euler_a", "size": "64x136", "num_inference_steps": 7},
+        {"guidance_interval": [0.3, 5], "num_inference_steps": 8},
         {"sampler": "ddim", "eta": 1.0, "timestep_spacing": "trailing", "clip_skip": 1},
     ]
     calls, shared = server.figure("sdrt_batch_images_count"), server.figure("sdrt_batch_images_sum")
@@ -185,6 +186,13 @@ def test_models_are_listed(server: Server, pipe: sdrt.Pipeline) -> None:
         ({"seed": 2**64 - 1, "n": 2}, None, "seed is 18446744073709551616"),
         ({"sampler": "dpm++"}, "sampler", "sampler is 'dpm++': expected one of ddpm"),
         ({"sampler": "plms", "eta": 0.5}, None, "eta is 0.5 and the sampler is plms"),
+        (
+            {"guidance_interval": [1]},
+            "guidance_interval",
+            "guidance_interval is [1]: expected an array of 2, each a number",
+        ),
+        ({"guidance_interval": [1, "x"]}, "guidance_interval[1]", 'guidance_interval[1] is "x": expected a number'),
+        ({"guidance_interval": [5, 1]}, None, "guidance interval is [5, 1]: expected two noise levels"),
         ({"clip_skip": 3}, None, "clip skip is 3: expected a whole number from 0 to 2"),
         ({"timestep_spacing": "even"}, "timestep_spacing", 'expected "leading" or "trailing" or "linspace"'),
     ],

@@ -32,7 +32,11 @@ def _largest(_ctx: click.Context, _param: click.Parameter, given: str | None) ->
     help="A bundle's name or folder; several times for several. [default: the newest that this machine can run]",
 )
 @click.option(
-    "--backend", default="auto", metavar="NAME", show_default=True, help="What runs ONNX bundles; see sdrt run --help."
+    "--backend",
+    default="auto",
+    metavar="NAME",
+    show_default=True,
+    help="What runs ONNX bundles; see sdrt run --help. With onnxruntime pictures share steps.",
 )
 @click.option(
     "--host",

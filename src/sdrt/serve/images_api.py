@@ -102,6 +102,16 @@ GENERATION: Schema = {
         "sampler": _optional("string", f"{', '.join(SAMPLERS)}; by default the model's own.", maxLength=100),
         "eta": _optional("number", "Share of ancestral noise of ddim, 0 by default.", minimum=0, maximum=1),
         "timestep_spacing": _choice("Of the steps; by default the sampler's own.", *_SPACINGS),
+        "guidance_interval": _optional(
+            "array",
+            "Approximate: guidance between these two noise levels (sigma) alone; by default everywhere.",
+            items={"type": "number", "minimum": 0},
+            minItems=2,
+            maxItems=2,
+        ),
+        "cache_interval": _optional(
+            "integer", "Approximate: the whole U-Net in every so many steps; 1 by default.", minimum=1, maximum=1000
+        ),
         "clip_skip": _optional("integer", "Last layers of the text encoder to leave out.", minimum=0, maximum=100),
     },
 }
@@ -316,11 +326,19 @@ class Order:
 def _arguments(service: Service, model: Model, fields: dict[str, Any]) -> Arguments:
     """Give the pipeline's arguments for a request's fields."""
     arguments: Arguments = {}
-    for name in ("negative_prompt", "num_inference_steps", "guidance_scale", "seed", "eta", "timestep_spacing"):
+    for name in (
+        "negative_prompt",
+        "num_inference_steps",
+        "guidance_scale",
+        "seed",
+        "eta",
+        "timestep_spacing",
+        "clip_skip",
+        "guidance_interval",
+        "cache_interval",
+    ):
         if name in fields:
             arguments[name] = fields[name]
-    if "clip_skip" in fields:
-        arguments["clip_skip"] = fields["clip_skip"]
     if "sampler" in fields:
         try:
             arguments["sampler"] = resolve_sampler(fields["sampler"])

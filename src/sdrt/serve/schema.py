@@ -51,8 +51,9 @@ def conform(schema: Schema, value: Any, where: str | None = None) -> Any:
     Parameters
     ----------
     schema
-        With ``type``, one or a list; ``enum``; ``minimum`` and ``maximum``; ``maxLength`` and ``pattern``; and of an
-        object ``properties``, ``required`` and ``additionalProperties``, the latter false.
+        With ``type``, one or a list; ``enum``; ``minimum`` and ``maximum``; ``maxLength`` and ``pattern``; of an array
+        ``items``, ``minItems`` and ``maxItems``; and of an object ``properties``, ``required`` and
+        ``additionalProperties``, the latter false.
     value
         From `read_json`.
     where
@@ -71,6 +72,8 @@ def conform(schema: Schema, value: Any, where: str | None = None) -> Any:
         raise SchemaError(f"{what} is {_show(value)}: expected {_describe(schema)}", where)
     if kind == "object":
         return _conform_object(schema, value, where)
+    if kind == "array" and schema["minItems"] <= len(value) <= schema["maxItems"]:
+        return [conform(schema["items"], item, f"{what}[{number}]") for number, item in enumerate(value)]
     if kind == "integer":
         value = int(value)
     if not _is_within(schema, value, kind):
@@ -102,6 +105,7 @@ _IS: Mapping[str, Callable[[Any], bool]] = {
     "integer": lambda value: _is_number(value) and value == int(value),
     "number": _is_number,
     "string": lambda value: isinstance(value, str),
+    "array": lambda value: isinstance(value, list),
     "object": lambda value: isinstance(value, dict),
 }
 
@@ -113,6 +117,8 @@ def _is_within(schema: Schema, value: Any, kind: str) -> bool:
         return False
     if kind in {"integer", "number"}:
         return bool(schema.get("minimum", -math.inf) <= value <= schema.get("maximum", math.inf))
+    if kind == "array":  # one that was not gone through, having too few items or too many
+        return False
     if kind == "string":
         fits = "pattern" not in schema or re.search(schema["pattern"], value) is not None
         return fits and len(value) <= schema.get("maxLength", math.inf)
@@ -121,6 +127,8 @@ def _is_within(schema: Schema, value: Any, kind: str) -> bool:
 
 def _describe(schema: Schema) -> str:
     """Say in words what a schema allows."""
+    if "items" in schema:
+        return f"an array of {schema['minItems']}, each {_describe(schema['items'])}"
     if "enum" in schema:
         return " or ".join(json.dumps(each) for each in schema["enum"] if each is not None)
     kinds = [schema["type"]] if isinstance(schema["type"], str) else schema["type"]

@@ -100,6 +100,11 @@ class SharedBinding:
         """Compute the outputs from the inputs, when it is this call's turn."""
         self._shared.turns.run(self)
 
+    @property
+    def joins(self) -> bool:
+        """Whether it may become one with other calls of its key."""
+        return self._shared.joined
+
     def key(self) -> Hashable | None:
         """Give the session, the shapes but for the batch, and what the whole batch has in common."""
         if not self._shared.stepped:

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 class Call(Protocol):
     """One call of an engine, with the buffers that it reads and writes."""
 
+    @property
+    def joins(self) -> bool:
+        """Whether it may become one with others of its key."""
+
     def key(self) -> Hashable | None:
         """Give what calls must agree in to be run as one; None for one that is run alone and waits for no others."""
 
@@ -43,6 +47,7 @@ class _Waiting:
     def __init__(self, call: Call, loop: _Loop) -> None:
         self.call = call
         self.key = call.key()
+        self.joins = call.joins
         self.order = loop.number
         self.given_up = loop.given_up
         self.done = False
@@ -53,9 +58,10 @@ class Turns:
     """One call after the other, or several as one, the oldest loop's first.
 
     A loop over a U-Net comes here at every step. Calls that agree are run as one, and so loops of the same settings
-    that began together stay together: nobody's call is run before every loop has come with its next one. Loops that
+    that began together stay together: none of them is run before every loop has come with its next one. Loops that
     are at different timesteps cannot share a call, the timestep being one number for the whole batch; the oldest then
-    goes on, and the others wait at theirs and so find each other.
+    goes on, and the others wait at theirs and so find each other. Calls that do not join wait for older loops alone,
+    and for those only that have begun to step: before that, an engine may have to be compiled.
 
     Parameters
     ----------
@@ -72,7 +78,7 @@ class Turns:
         self._changed = threading.Condition()
         self._waiting: list[_Waiting] = []
         self._busy = False
-        self._loops = 0
+        self._loops: dict[int, bool] = {}  # by number: whether it has begun to step
         self._numbers = itertools.count()
         self._here = _Loop()
 
@@ -87,15 +93,15 @@ class Turns:
             asked whenever something changes; see `wake`.
 
         """
+        number = next(self._numbers)
+        self._here.number, self._here.given_up = number, given_up
         with self._changed:
-            self._loops += 1
-            self._here.number = next(self._numbers)
-            self._here.given_up = given_up
+            self._loops[number] = False
         try:
             yield
         finally:
             with self._changed:
-                self._loops -= 1
+                del self._loops[number]
                 self._changed.notify_all()
 
     def wake(self) -> None:
@@ -110,6 +116,7 @@ class Turns:
         """
         mine = _Waiting(call, self._here)
         with self._changed:
+            self._loops[mine.order] |= mine.key is not None
             self._waiting.append(mine)
             self._changed.notify_all()
         while group := self._next(mine):
@@ -137,14 +144,18 @@ class Turns:
         return []
 
     def _choose(self) -> list[_Waiting]:
-        """Choose the calls that are run next: none as long as some loop has not come with its own."""
+        """Choose the calls that are run next: none as long as a loop is waited for."""
         by_age = sorted(self._waiting, key=lambda each: each.order)
         for each in by_age:
             if each.key is None:
                 return [each]
-        if len(by_age) < self._loops:
+        if not by_age:
             return []
-        return [each for each in by_age if each.key == by_age[0].key][: self.most]
+        first, here = by_age[0], {each.order for each in by_age}
+        for number, stepping in self._loops.items():
+            if number not in here and (first.joins or (stepping and number < first.order)):
+                return []
+        return [each for each in by_age if each.key == first.key][: self.most]
 
     def _run(self, group: list[_Waiting]) -> None:
         if len(group) > 1:
