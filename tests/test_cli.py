@@ -122,6 +122,25 @@ def test_options_are_environment_variables(
 
 
 def test_list_and_inspect_show_the_bundle(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_approximations_are_asked_for_by_name_and_told(
+    here: Path, store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quick = [*QUICK, "--sampler", "ddim", "--steps", "6", "--json"]
+    assert main(["run", PROMPT, *quick, "-o", "exact.png"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["guidance_interval"], facts["cache_interval"]) == (None, 1)
+    assert main(["run", PROMPT, *quick, "-o", "a.png", "--guidance-interval", "0.3,inf", "--cache-interval", "2"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["guidance_interval"], facts["cache_interval"]) == ([0.3, None], 2)
+    assert main(["inspect", "a.png", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["Guidance interval"], told["Cache interval"]) == ("0.3,inf", "2")
+    monkeypatch.setenv("SDRT_RUN_GUIDANCE_INTERVAL", told["Guidance interval"])
+    monkeypatch.setenv("SDRT_RUN_CACHE_INTERVAL", told["Cache interval"])
+    assert main(["run", PROMPT, *quick, "-o", "b.png"]) == 0
+    assert (here / "a.png").read_bytes() == (here / "b.png").read_bytes() != (here / "exact.png").read_bytes()
+
+
     assert main(["list"]) == 0
     assert re.search(r"^tiny +onnx +fp32", capsys.readouterr().out, re.MULTILINE)
     assert main(["inspect", "tiny"]) == 0
@@ -160,6 +179,12 @@ def test_doctor_names_what_is_there(capsys: pytest.CaptureFixture[str]) -> None:
         (["--seed", "1.5"], "'1.5' is not a valid integer"),
         (["--clip-skip", "9"], "clip skip is 9"),
         (["-o", "picture.jpg"], "expected a name that ends in .png"),
+        (["--guidance-interval", "5"], "'5' is no interval: expected two noise levels (sigma), such as 0.3,5"),
+        (["--guidance-interval", "a,b"], "'a,b' is no interval"),
+        (["--guidance-interval", "5,0.3"], "guidance interval is (5.0, 0.3): expected two noise levels"),
+        (["--guidance-interval", "nan,5"], "guidance interval is (nan, 5.0)"),
+        (["--cache-interval", "0"], "cache_interval is 0: expected a whole number of at least 1"),
+        (["--cache-interval", "x"], "'x' is not a valid integer"),
         (["-o", "nowhere/picture.png"], "there is no folder 'nowhere'"),
         (["--nonsense"], "No such option"),
         (["--bundle", "a/../../b\0"], "NUL"),
