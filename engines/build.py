@@ -173,7 +173,7 @@ def build_engines(
     _check_source(source, allow_fp32=allow_fp32)
     builder = builder_for(backend, targets, options)
     shapes, factor = tuple(sizes) or (_trained_size(source),), source.manifest.latent.scale_factor
-    check_sizes(source.component("unet").inputs, factor, shapes, images)
+    check_sizes(source.component("unet").inputs, factor, shapes, images, dynamic=dynamic)
     chosen = [
         (component, profiles_of(component, shapes, images, factor, dynamic=dynamic))
         for component in source.manifest.components

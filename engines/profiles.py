@@ -19,7 +19,12 @@ Values = dict[str, int]
 
 
 def check_sizes(
-    unet: Sequence[TensorSpec], factor: int, sizes: Sequence[tuple[int, int]], images: Sequence[int]
+    unet: Sequence[TensorSpec],
+    factor: int,
+    sizes: Sequence[tuple[int, int]],
+    images: Sequence[int],
+    *,
+    dynamic: bool = False,
 ) -> None:
     """Refuse sizes and counts that the graphs do not take.
 
@@ -33,11 +38,13 @@ def check_sizes(
         Width and height in pixels.
     images
         How many images a request makes.
+    dynamic
+        Whether engines shall take all that lies between them.
 
     Raises
     ------
     InputError
-        A side is no multiple of the latent space's factor, or something is out of its range.
+        A side is no multiple of the latent space's factor, something is out of its range, or nothing lies between.
 
     """
     limits = {dim.name: dim for dim in _dims(unet)}
@@ -56,6 +63,11 @@ def check_sizes(
     for count in images:
         if not 1 <= count <= most:
             raise InputError(f"{count} images at once: expected 1 to {most}")
+    if dynamic and len(set(sizes)) == len(set(images)) == 1:
+        raise InputError(
+            "dynamic engines take all sizes and counts of images between those given, and one of each is given: "
+            "give another size or count too, or leave --dynamic out"
+        )
 
 
 def profiles_of(

@@ -288,6 +288,8 @@ def test_engines_that_fail_leave_the_graphs_and_nothing_else(
         (["--images", "0"], "0 images at once: expected 1 to 32"),
         (["--images", "33"], "33 images at once"),
         (["--images", "x"], "'x' is not a valid integer"),
+        (["--dynamic"], "one of each is given: give another size or count too"),
+        (["--dynamic", *SIZE, *SIZE, "--images", "2"], "or leave --dynamic out"),
         (["--optimization-level", "9"], "the optimization level is 9: expected 0 to 5"),
         (["--hardware-compatible"], "name several targets instead"),
         (["--version-compatible"], "no engines that load in other versions"),

@@ -193,7 +193,8 @@ def _both(order: Order, decision: Decision, backend: BackendName, report: Report
     assert order.ckpt is not None
     capabilities = builder_for(backend, decision.targets, order.options).capabilities
     # The limits of the sizes are the same whatever the widths of the model.
-    check_sizes(signatures(768, 77, 49408, 4)["unet"].inputs, 8, order.sizes or ((512, 512),), order.images or (1,))
+    sizes, images = order.sizes or ((512, 512),), order.images or (1,)
+    check_sizes(signatures(768, 77, 49408, 4)["unet"].inputs, 8, sizes, images, dynamic=order.dynamic)
     title = order.name or checkpoint_name(order.ckpt)
     if decision.for_cpu:
         here = (order.output or store.place(title)).resolve()
