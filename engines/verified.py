@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import threading
 from typing import TYPE_CHECKING
 
 from .manifest import SHARED_WEIGHTS
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from .bundle import Bundle, Progress
 
 Stamp = list[int | str]
+
+_writing = threading.Lock()
 
 
 def verify_once(bundle: Bundle, component: str, progress: Progress | None = None) -> None:
@@ -49,7 +52,7 @@ def verify_once(bundle: Bundle, component: str, progress: Progress | None = None
     if all(known.get(path) == stamp for path, stamp in stamps.items()):
         return
     bundle.verify_component(component, progress)
-    _write(note, known | stamps)
+    _write(note, stamps)
 
 
 def _stamp(file: Path, sha256: str) -> Stamp:
@@ -66,9 +69,9 @@ def _read(note: Path) -> dict[str, Stamp]:
 
 
 def _write(note: Path, stamps: dict[str, Stamp]) -> None:
-    # Not being able to remember costs time at the next start and nothing else.
-    with contextlib.suppress(OSError):
+    # Not being able to remember costs time at the next start and nothing else. Threads load components at once.
+    with contextlib.suppress(OSError), _writing:
         note.parent.mkdir(parents=True, exist_ok=True)
         draft = note.with_suffix(f".{os.getpid()}")
-        draft.write_text(json.dumps(stamps), encoding="ascii")
+        draft.write_text(json.dumps(_read(note) | stamps), encoding="ascii")
         draft.replace(note)
