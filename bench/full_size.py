@@ -58,10 +58,12 @@ def digests(bundle: Path) -> dict[str, str]:
 
 def run_once(bundle: Path, steps: int, output: Path) -> dict[str, Any]:
     """Make one guided 512x512 image; with the seconds of a step, beside those of the whole."""
-    arguments = ("--bundle", str(bundle), "--steps", str(steps), "--seed", "42", "--sampler", "ddim", "-o", str(output))
+    arguments = ("--bundle", str(bundle), "--steps", str(steps), "--seed", "42", "--sampler", "ddim")
     # Hashing the bundle at its first use is measured with it.
     with tempfile.TemporaryDirectory() as home:
-        return measured("run", PROMPT, *arguments, environment={"SDRT_HOME": home})
+        return measured(
+            *("run", PROMPT, *arguments, "--backend", "onnxruntime", "-o", str(output)), environment={"SDRT_HOME": home}
+        )
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from ..engines import store
 from ..engines.bundle import TOKENIZER
 from ..errors import BackendError, InputError
-from .backends import obstacle, open_engines
+from .backends import AUTO, choose, obstacle, open_engines
 from .images import to_pil
 from .noise import batch_noise
 from .parameters import describe
@@ -38,16 +38,20 @@ StepCallback: TypeAlias = "Callable[[Pipeline, int, float, dict[str, Any]], dict
 """Called with the pipeline, the step's index, its timestep and ``{"latents": ...}``."""
 
 
-def load(bundle: str | os.PathLike[str] | None = None) -> Pipeline:
+def load(bundle: str | os.PathLike[str] | None = None, *, backend: str = AUTO) -> Pipeline:
     """Open a bundle and make it ready to generate.
 
     Parameters
     ----------
     bundle
         The name of a bundle in the store, or its path; None for the newest that this machine can run.
+    backend
+        As for `Pipeline`.
 
     Raises
     ------
+    InputError
+        There is no such backend.
     BundleNotFoundError
         There is none; the message lists those that exist.
     BundleCorruptError
@@ -56,7 +60,7 @@ def load(bundle: str | os.PathLike[str] | None = None) -> Pipeline:
         This machine cannot run it; the message says why.
 
     """
-    return Pipeline(store.resolve(bundle, obstacle=obstacle))
+    return Pipeline(store.resolve(bundle, obstacle=lambda found: obstacle(found, backend)), backend=backend)
 
 
 class Pipeline:
@@ -69,13 +73,25 @@ class Pipeline:
     ----------
     bundle
         An open bundle.
+    backend
+        What runs an ONNX bundle: ``onnxruntime``; ``openvino``, in bf16 where the CPU has instructions for it, which
+        is faster and makes another picture than fp32; ``openvino:fp32``; or ``auto`` for the fastest of those
+        installed that computes exactly. Engines have their own.
+
+    Raises
+    ------
+    InputError
+        There is no such backend.
+    BackendError
+        This machine cannot run the bundle with it.
 
     """
 
-    def __init__(self, bundle: Bundle) -> None:
-        if reason := obstacle(bundle):
+    def __init__(self, bundle: Bundle, *, backend: str = AUTO) -> None:
+        if reason := obstacle(bundle, backend):
             raise BackendError(f"{bundle.folder} cannot be run here: {reason}")
         self.bundle = bundle
+        self._asked = backend
         self._lock = threading.Lock()
         self._engines: Engines | None = None
         self._closed = False
@@ -141,6 +157,15 @@ class Pipeline:
             for the prompt and not for the negative prompt; by default what the bundle was built with.
         latents
             Unit gaussian of shape (images, 4, height / 8, width / 8) to start from, instead of the seed's.
+        guidance_interval
+            An approximation: two noise levels (sigma, noise over signal, which for Stable Diffusion v1 falls from 14.6
+            to 0.03) between which there is guidance, ``low < sigma <= high``. Outside, the prediction for the prompt
+            is taken as it is, which is half the work (Kynkaanniemi et al. 2024, arXiv:2404.07724). By default
+            everywhere.
+        cache_interval
+            An approximation: the whole U-Net once in so many steps, and in the others its outermost blocks alone, on
+            the deep features of the last whole one (Ma et al. 2023, DeepCache, arXiv:2312.00858). 1, the default, is
+            the whole in every step.
         output_type
             ``pil`` for PIL images, ``np`` for float32 arrays height x width x 3 in [0, 1], ``latent`` for float32
             arrays 4 x height / 8 x width / 8.
@@ -157,15 +182,6 @@ class Pipeline:
         ------
         InputError
             An argument makes no sense.
-        guidance_interval
-            An approximation: two noise levels (sigma, noise over signal, which for Stable Diffusion v1 falls from 14.6
-            to 0.03) between which there is guidance, ``low < sigma <= high``. Outside, the prediction for the prompt
-            is taken as it is, which is half the work (Kynkaanniemi et al. 2024, arXiv:2404.07724). By default
-            everywhere.
-        cache_interval
-            An approximation: the whole U-Net once in so many steps, and in the others its outermost blocks alone, on
-            the deep features of the last whole one (Ma et al. 2023, DeepCache, arXiv:2312.00858). 1, the default, is
-            the whole in every step.
         BackendError
             An engine failed.
 
@@ -344,6 +360,11 @@ class Pipeline:
         ]
 
     @property
+    def backend(self) -> str:
+        """What the bundle runs on, such as ``onnxruntime`` or ``openvino:fp32``."""
+        return choose(self.bundle, self._asked)
+
+    @property
     def engines(self) -> Engines:
         """The components at work; each is loaded when it is first needed."""
         return self._at_work()
@@ -353,7 +374,7 @@ class Pipeline:
             if self._closed:
                 raise InputError("this pipeline is closed: load the bundle again")
             if self._engines is None:
-                self._engines = open_engines(self.bundle)
+                self._engines = open_engines(self.bundle, self._asked)
             return self._engines
 
     def close(self) -> None:

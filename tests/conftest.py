@@ -85,6 +85,8 @@ def own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monke
     """Keep tests out of the user's own store."""
     home = tmp_path_factory.mktemp("home")
     monkeypatch.setenv("SDRT_HOME", str(home))
+    # What is not about backends shall not depend on those that are installed, nor compile for each size.
+    monkeypatch.setenv("SDRT_RUN_BACKEND", "onnxruntime")
     return home
 
 

@@ -17,18 +17,20 @@ from .engines.store import home
 from .engines.table import columns
 from .engines.targets import sm_name
 from .engines.tensorrt import supported_capabilities
+from .runtime.backends import fastest
+from .runtime.openvino import default_precision
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 
 class _Part(NamedTuple):
-    """Something that can be installed: a backend, or the building of bundles; `extra` is None for what is to come."""
+    """Something that can be installed: a backend, or the building of bundles."""
 
     name: str
     module: str
     packages: tuple[str, ...]
-    extra: str | None
+    extra: str
     use: str
     devices: Callable[[], list[str]]
 
@@ -45,8 +47,8 @@ def _cpu() -> list[str]:
     return ["CPU"]
 
 
-def _none() -> list[str]:
-    return []
+def _openvino_devices() -> list[str]:
+    return ["CPU in bf16 and fp32" if default_precision() == "bf16" else "CPU in fp32"]
 
 
 def _rtx_targets() -> list[str]:
@@ -57,7 +59,6 @@ def _gpus() -> list[str]:
     return [gpu.name for gpu in nvidia_gpus()]
 
 
-_TO_COME = "nothing in this version of sdrt"
 _PARTS = (
     _Part(
         "onnxruntime",
@@ -67,8 +68,8 @@ _PARTS = (
         "run ONNX bundles, on the CPU",
         _onnxruntime_devices,
     ),
+    _Part("openvino", "openvino", ("openvino",), "openvino", "run ONNX bundles, on the CPU", _openvino_devices),
     _Part("export", "torch", ("torch",), "export", "build bundles from checkpoints", _cpu),
-    _Part("openvino", "openvino", ("openvino",), None, _TO_COME, _none),
     _Part(
         "tensorrt-rtx",
         "tensorrt_rtx",
@@ -94,8 +95,9 @@ def examine() -> dict[str, Any]:
     Returns
     -------
     dict
-        ``sdrt``, ``python``, ``platform``, ``cpus``, ``memory`` and ``disk_free`` in bytes, ``gpus``, ``home``, and
-        ``parts``: for each its use, whether it is installed, its version, its devices, and what to install.
+        ``sdrt``, ``python``, ``platform``, ``cpus``, ``memory`` and ``disk_free`` in bytes, ``gpus``, ``home``,
+        ``backend``, which is what ``auto`` means here for ONNX bundles or None, and ``parts``: for each its use,
+        whether it is installed, its version, its devices, and what to install.
 
     """
     place = home()
@@ -109,6 +111,7 @@ def examine() -> dict[str, Any]:
         "home": str(place),
         "disk_free": shutil.disk_usage(existing).free,
         "gpus": [dataclasses.asdict(gpu) for gpu in nvidia_gpus()],
+        "backend": fastest(),
         "parts": {part.name: _examine_part(part) for part in _PARTS},
     }
 
@@ -116,10 +119,8 @@ def examine() -> dict[str, Any]:
 def _examine_part(part: _Part) -> dict[str, Any]:
     facts: dict[str, Any] = {"use": part.use, "installed": False, "version": None, "devices": [], "problem": None}
     if importlib.util.find_spec(part.module) is None:
-        return facts | {"install": part.extra and f"pip install 'sdrt[{part.extra}]'"}
+        return facts | {"install": f"pip install 'sdrt[{part.extra}]'"}
     facts |= {"installed": True, "version": _version(part.packages), "install": None}
-    if part.extra is None:
-        return facts
     try:
         importlib.import_module(part.module)
         facts["devices"] = part.devices()
@@ -154,6 +155,7 @@ def table(facts: dict[str, Any]) -> str:
             ("platform", facts["platform"]),
             ("processors", f"{facts['cpus']}, {memory} of memory"),
             ("NVIDIA GPUs", gpus or "none"),
+            ("ONNX bundles", f"run on {facts['backend']}" if facts["backend"] else "do not run: install a backend"),
             ("home", f"{facts['home']} ({facts['disk_free'] / 1e9:.1f} GB free)"),
         ]
     )

@@ -14,11 +14,13 @@ import click
 from . import progress
 from .engines import demo, store
 from .errors import InputError
+from .runtime.backends import AUTO
 from .runtime.images import save_png
 from .runtime.pipeline import load
 from .runtime.request import make_request
 
 if TYPE_CHECKING:
+    from .runtime.pipeline import Pipeline
     from .runtime.request import Request
 
 _SLUG_LENGTH = 48
@@ -29,6 +31,8 @@ def generate(
     bundle: str | None,
     output: Path | None,
     *,
+    backend: str,
+    began: float,
     negative_prompt: str,
     steps: int,
     cfg_scale: float,
@@ -40,20 +44,24 @@ def generate(
     height: int | None,
     batch: int,
     clip_skip: int | None,
+    guidance_interval: tuple[float, float] | None,
+    cache_interval: int,
 ) -> dict[str, Any]:
     """Generate images and save them; the arguments are those of the command line.
 
+    Parameters
+    ----------
+    began
+        When the command did, by `time.perf_counter`.
+
     Returns
-    guidance_interval: tuple[float, float] | None,
-    cache_interval: int,
     -------
     dict
         What was made, where it is, and how long it took in seconds.
 
     """
     _check_output(output)
-    began = time.perf_counter()
-    with load(fallback() if bundle is None else bundle) as pipe:
+    with load(fallback() if bundle is None else bundle, backend=backend) as pipe:
         request = make_request(
             pipe.bundle.manifest,
             prompt,
@@ -68,26 +76,29 @@ def generate(
             eta=eta,
             timestep_spacing=spacing,
             clip_skip=clip_skip,
-        )
-        paths = _paths(output, request)
-        first = time.perf_counter()
-        durations = []
-        with progress.steps_bar(len(request.table)) as count:
-            for step in pipe.run(request):
-                durations.append(step.seconds)
-                latents = step.latents
             guidance_interval=guidance_interval,
             cache_interval=cache_interval,
+        )
+        paths = _paths(output, request)
+        opened = time.perf_counter()
+        durations: list[float] = []
+        with progress.steps_bar(len(request.table), f"denoising on {pipe.backend}", _remark(pipe, backend)) as count:
+            for step in pipe.run(request):
+                if not durations:
+                    first_step = time.perf_counter() - step.seconds
+                durations.append(step.seconds)
+                latents = step.latents
                 count()
         denoised = time.perf_counter()
         images = pipe.pictures(request, latents)
         decoded = time.perf_counter()
-        name, folder = pipe.bundle.name, str(pipe.bundle.folder)
+        name, folder, ran_on = pipe.bundle.name, str(pipe.bundle.folder), pipe.backend
     for image, path in zip(images, paths, strict=True):
         save_png(image, path)
     return {
         "bundle": name,
         "bundle_folder": folder,
+        "backend": ran_on,
         "prompt": prompt,
         "negative_prompt": negative_prompt,
         "sampler": request.sampler,
@@ -96,22 +107,34 @@ def generate(
         "width": request.width,
         "height": request.height,
         "clip_skip": request.clip_skip,
+        # null for an open end: JSON has no infinity
+        "guidance_interval": request.guidance_interval
+        and [end if math.isfinite(end) else None for end in request.guidance_interval],
+        "cache_interval": request.cache_interval,
         "images": [
             {"path": str(path), "seed": image_seed} for path, image_seed in zip(paths, request.seeds, strict=True)
         ],
         "seconds": {
-            "open": first - began,
-            "prepare": denoised - first - sum(durations),
+            "open": opened - began,
+            "prepare": denoised - opened - sum(durations),
+            "until_first_step": first_step - began,
             "denoise": sum(durations),
             "decode": decoded - denoised,
             "total": time.perf_counter() - began,
         },
         "iterations_per_second": len(durations) / sum(durations),
-        # null for an open end: JSON has no infinity
-        "guidance_interval": request.guidance_interval
-        and [end if math.isfinite(end) else None for end in request.guidance_interval],
-        "cache_interval": request.cache_interval,
     }
+
+
+def _remark(pipe: Pipeline, backend: str) -> str | None:
+    """Tell who left the choice to us what would be faster and is not the same, if anything."""
+    if backend != AUTO or pipe.backend != "openvino:fp32":
+        return None
+    from .runtime.openvino import default_precision  # noqa: PLC0415 - loaded in any case by now
+
+    if default_precision() == "fp32":
+        return None
+    return "running on openvino:fp32; --backend openvino is faster, in bf16, and not quite the same picture"
 
 
 def fallback() -> str | None:

@@ -60,10 +60,33 @@ def bytes_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 @contextmanager
-def steps_bar(total: int) -> Iterator[Callable[[], None]]:
-    """Show the steps of the denoising loop with iterations per second; yields a function that counts one."""
-    with _bar(total=total, desc="denoising", unit="it") as bar:
-        yield lambda: bar.update() and None
+def steps_bar(total: int, what: str, note: str | None = None) -> Iterator[Callable[[], None]]:
+    """Show the steps of the denoising loop with iterations per second.
+
+    Parameters
+    ----------
+    total
+        How many there are.
+    what
+        Stands before the bar.
+    note
+        A line that stands above it once a step is done: where there is none, the line of the error stands alone.
+
+    Yields
+    ------
+    A function that counts one.
+
+    """
+    with _bar(total=total, desc=what, unit="it") as bar:
+
+        def count() -> None:
+            nonlocal note
+            if note is not None:
+                bar.write(f"sdrt: {note}", file=sys.stderr)
+                note = None
+            bar.update()
+
+        yield count
 
 
 def _bar(**options: Any) -> Any:

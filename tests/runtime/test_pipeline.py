@@ -28,7 +28,7 @@ PROMPT, NEGATIVE = "Great Wall photo", "blurry, low quality"
 
 @pytest.fixture(scope="module")
 def pipe(tiny_bundle: Path) -> Iterator[sdrt.Pipeline]:
-    with sdrt.load(tiny_bundle) as pipeline:
+    with sdrt.load(tiny_bundle, backend="onnxruntime") as pipeline:
         yield pipeline
 
 

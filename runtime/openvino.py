@@ -1,0 +1,185 @@
+"""ONNX graphs on the CPU through OpenVINO, compiled for the shapes that they are run with."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import warnings
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import numpy as np
+
+from ..errors import BackendError, MissingDependencyError, SdrtWarning
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from ..engines.manifest import Component
+    from .compile_cache import CompileCache
+
+Precision = Literal["bf16", "fp32"]
+
+_NAMES: dict[Precision, str] = {"bf16": "bf16", "fp32": "f32"}
+# Guided and unguided at two sizes: each compilation holds the weights in a layout of its own.
+_KEPT = 4
+_Shapes = tuple[tuple[int, ...], ...]
+
+
+@functools.cache
+def _core() -> Any:
+    """Give the process its one core, which holds the plugin for the CPU."""
+    try:
+        import openvino  # noqa: PLC0415 - half a second that --help need not pay
+    except ImportError:
+        raise MissingDependencyError("openvino", "running an ONNX bundle with it", "openvino") from None
+    return openvino.Core()
+
+
+def default_precision() -> Precision:
+    """Name the precision that OpenVINO takes by itself: bf16 where the CPU has instructions for it, else fp32.
+
+    Raises
+    ------
+    MissingDependencyError
+        OpenVINO is not installed.
+
+    """
+    return "bf16" if _core().get_property("CPU", "INFERENCE_PRECISION_HINT").to_string() == "bf16" else "fp32"
+
+
+class OpenVinoSession:
+    """One component of an ONNX bundle in OpenVINO.
+
+    The graph is compiled when it is first bound to shapes, and for these alone, since fixed shapes run faster. The
+    last four compilations are kept.
+
+    Parameters
+    ----------
+    graph
+        The ``.onnx`` file.
+    weights
+        The file of its external data, or None if it has none.
+    component
+        What the manifest says of it.
+    precision
+        ``bf16`` for products and most of what is between them, or ``fp32`` for all. What is bound is float32 anyway.
+    cache
+        Where compilations are kept for other processes.
+
+    Raises
+    ------
+    MissingDependencyError
+        OpenVINO is not installed.
+
+    """
+
+    def __init__(
+        self, graph: Path, weights: Path | None, component: Component, precision: Precision, cache: CompileCache
+    ) -> None:
+        self._core = _core()
+        self._graph, self._weights, self._component = graph, weights, component
+        self._precision: Precision = precision
+        self._cache = cache
+        self._lock = threading.Lock()
+        self._compiled = functools.lru_cache(_KEPT)(self._compile)
+
+    def bind(self, shapes: Mapping[str, tuple[int, ...]]) -> OpenVinoBinding:
+        """Make buffers for the inputs and for those outputs that `shapes` names, and bind them.
+
+        Raises
+        ------
+        BackendError
+            OpenVINO does not take the graph, or not with these shapes.
+
+        """
+        with self._lock:
+            compiled = self._compiled(tuple(shapes[spec.name] for spec in self._component.inputs))
+        return OpenVinoBinding(compiled, self._component, shapes)
+
+    def _compile(self, shapes: _Shapes) -> Any:
+        """Compile the graph for the shapes of its inputs, or take what was compiled before."""
+        # Blobs of both precisions would have one name, and bf16 from one of fp32 gives NaN: the name tells them apart.
+        sizes = ("x".join(map(str, shape)) for shape in shapes)
+        name = "-".join((self._component.name, self._precision, *sizes))
+        try:
+            # The weights stay in their file, of which pages are read as they are needed.
+            model = self._core.read_model(self._graph)
+            model.reshape({spec.name: shape for spec, shape in zip(self._component.inputs, shapes, strict=True)})
+            with self._cache.entry(name) as folder:
+                return self._compile_with(model, folder)
+        except (RuntimeError, MemoryError) as error:
+            raise BackendError(f"openvino does not compile {self._graph}: {_last_line(error)}") from error
+
+    def _compile_with(self, model: Any, folder: Path | None) -> Any:
+        options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": _NAMES[self._precision]}
+        if folder is None:
+            return self._core.compile_model(model, "CPU", options)
+        # With its path it need not hash all weights at every start, which stand for themselves in the cache's name.
+        caching = {"CACHE_DIR": str(folder), "CACHE_MODEL_PATH": str(self._graph)}
+        if self._weights is not None:
+            # Kept without the weights, which are read from the bundle: megabytes rather than gigabytes for each shape.
+            caching |= {"CACHE_MODE": "OPTIMIZE_SIZE", "WEIGHTS_PATH": str(self._weights)}
+        try:
+            return self._core.compile_model(model, "CPU", options | caching)
+        except RuntimeError as error:
+            compiled = self._core.compile_model(model, "CPU", options)
+            warnings.warn(
+                f"openvino cannot keep what it compiles of {self._component.name}, and will compile it anew at each "
+                f"start: {_last_line(error)}",
+                SdrtWarning,
+                stacklevel=2,
+            )
+            return compiled
+
+    def close(self) -> None:
+        """Free the weights."""
+        self._compiled.cache_clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class OpenVinoBinding:
+    """Buffers in host memory that OpenVINO reads and writes in place, and a request of their own to compute with."""
+
+    def __init__(self, compiled: Any, component: Component, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        import openvino  # noqa: PLC0415 - imported already
+
+        self._name = component.name
+        self._request = compiled.create_infer_request()
+        self.inputs: Mapping[str, NDArray[Any]] = {
+            spec.name: np.zeros(shapes[spec.name], spec.dtype) for spec in component.inputs
+        }
+        self.outputs: Mapping[str, NDArray[Any]] = {
+            spec.name: np.zeros(shapes[spec.name], spec.dtype) for spec in component.outputs if spec.name in shapes
+        }
+        try:
+            for name, buffer in (self.inputs | self.outputs).items():
+                self._request.set_tensor(name, openvino.Tensor(buffer, shared_memory=True))
+        except RuntimeError as error:
+            raise BackendError(f"openvino does not take the buffers of {self._name}: {_last_line(error)}") from error
+
+    def run(self) -> None:
+        """Compute the outputs from the inputs.
+
+        Raises
+        ------
+        BackendError
+            OpenVINO could not, for want of memory for example.
+
+        """
+        try:
+            self._request.infer()
+        except (RuntimeError, MemoryError) as error:
+            raise BackendError(f"{self._name} failed in openvino: {_last_line(error)}") from error
+
+
+def _last_line(error: Exception) -> str:
+    """Give the last line of an error's message, which says what happened; those before it say where in its source."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
