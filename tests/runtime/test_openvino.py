@@ -15,6 +15,7 @@ import pytest
 import sdrt
 from sdrt.engines import demo, store
 from sdrt.engines.bundle import Bundle, hash_file
+from sdrt.engines.manifest import DEEP_FEATURES
 from sdrt.errors import BackendError, InputError, MissingDependencyError
 from sdrt.runtime import backends
 from sdrt.runtime.compile_cache import CompileCache
@@ -45,9 +46,9 @@ def demo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 def session(bundle: Bundle, name: str, precision: Precision) -> OpenVinoSession:
-    component = bundle.component(name)
-    graph, data = (bundle.path(entry) for entry in component.files[:2])
-    return OpenVinoSession(graph, data, component, precision, CompileCache(bundle, "openvino"))
+    opened = backends._openvino_session(bundle, name, precision, CompileCache(bundle, "openvino"))
+    assert isinstance(opened, OpenVinoSession)
+    return opened
 
 
 def compute(session: Session, inputs: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> Arrays:
@@ -66,7 +67,7 @@ def example(bundle: Bundle, name: str) -> tuple[Arrays, dict[str, tuple[int, ...
         ids[:, 0], ids[1, 1:6] = 49406, rng.integers(300, 5000, 5)
         embedded = (2, 77, bundle.manifest.text.embedding_width)
         return {"input_ids": ids, "clip_skip": np.array([1], np.int64)}, {"text_embeddings": embedded}
-    latents = rng.standard_normal((2 if name == "unet" else 1, 4, 8, 12)).astype(np.float32)
+    latents = rng.standard_normal((1 if name == "vae_decoder" else 2, 4, 8, 12)).astype(np.float32)
     if name == "vae_decoder":
         return {"latents": latents}, {"image": (1, 3, 64, 96)}
     # Embeddings of real text: on noise, networks magnify every rounding.
@@ -74,6 +75,10 @@ def example(bundle: Bundle, name: str) -> tuple[Arrays, dict[str, tuple[int, ...
     with OnnxSession(bundle.path(component.graph), component) as encoder:
         embeddings = compute(encoder, *example(bundle, "text_encoder"))["text_embeddings"]
     inputs = {"latents": latents, "timestep": np.array([501], np.float32), "text_embeddings": embeddings}
+    if name == "unet_shallow":
+        (channels,) = (spec.shape[1] for spec in bundle.component(name).inputs if spec.name == DEEP_FEATURES)
+        assert isinstance(channels, int)
+        inputs[DEEP_FEATURES] = rng.standard_normal((2, channels, 8, 12)).astype(np.float32)
     return inputs, {"prediction": (2, 4, 8, 12)}
 
 
@@ -94,7 +99,7 @@ def some_bundle(request: pytest.FixtureRequest, demo_bundle: Bundle) -> Bundle:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("name", ["text_encoder", "unet", "vae_decoder"])
+@pytest.mark.parametrize("name", ["text_encoder", "unet", "vae_decoder", "unet_shallow"])
 def test_components_compute_what_they_do_in_onnxruntime(some_bundle: Bundle, name: str, precision: Precision) -> None:
     """And the very same when they are compiled, when that is kept, and when what was kept is taken."""
     inputs, shapes = example(some_bundle, name)
@@ -140,7 +145,13 @@ def pipe(demo_bundle: Bundle) -> Iterator[sdrt.Pipeline]:
 def test_fp32_pictures_are_those_of_onnxruntime(pipe: sdrt.Pipeline, demo_bundle: Bundle) -> None:
     with sdrt.Pipeline(demo_bundle, backend="onnxruntime") as reference:
         assert (pipe.backend, reference.backend) == ("openvino:fp32", "onnxruntime")
-        for options in ({}, {"guidance_scale": 1.0}, {"height": 72}, {"clip_skip": 1, "num_images_per_prompt": 2}):
+        for options in (
+            {},
+            {"guidance_scale": 1.0},
+            {"height": 72},
+            {"clip_skip": 1, "num_images_per_prompt": 2},
+            {"cache_interval": 2, "guidance_interval": (0.0, 10.0)},
+        ):
             pictures = [each(PROMPT, seed=3, **(SIZE | options)) for each in (pipe, reference)]
             for found, expected in zip(*pictures, strict=True):
                 assert found.std() > 0.01
