@@ -71,9 +71,10 @@ def everything() -> Calls:
     return Counter()
 
 
-@pytest.fixture(scope="module")
-def pipe(tiny_bundle: Path, everything: Calls) -> Iterator[sdrt.Pipeline]:
-    with sdrt.load(tiny_bundle) as pipeline:
+@pytest.fixture(scope="module", params=["onnxruntime", "openvino:fp32"])
+def pipe(request: pytest.FixtureRequest, tiny_bundle: Path, everything: Calls) -> Iterator[sdrt.Pipeline]:
+    pytest.importorskip(request.param.partition(":")[0])
+    with sdrt.load(tiny_bundle, backend=request.param) as pipeline:
         engines = pipeline.engines
         assert isinstance(engines, HostEngines)
         engines.wrap_sessions(lambda name, session: CountedSession(name, session, everything))
