@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from .fusion import BuildLog
@@ -75,7 +76,7 @@ class Monitor:
         """Note that a phase has begun, within another or None."""
         with self._lock:
             self._phases[phase] = parent, max(1, steps), 0
-            self.phase = phase.lower()
+            self._tell(phase.lower())
 
     def step(self, phase: str, step: int) -> None:
         """Note that a step of a phase is done, the first being 0."""
@@ -89,7 +90,18 @@ class Monitor:
         with self._lock:
             parent, *_ = self._phases.pop(phase, (None, 1, 1))
             if parent in self._phases:
-                self.phase = parent.lower()
+                self._tell(parent.lower())
+
+    def cancel(self) -> None:
+        """Tell TensorRT to stop at its next step."""
+        with self._lock:
+            self.cancelled.set()
+            self.phase = "cancelling"
+
+    def _tell(self, phase: str) -> None:
+        # Phases come and go until TensorRT has stopped.
+        if not self.cancelled.is_set():
+            self.phase = phase
 
     @property
     def fraction(self) -> float:
@@ -122,7 +134,7 @@ def run_beside(work: Callable[[], None], monitor: Monitor, tick: Callable[[], ob
     monitor
         Told to cancel if `tick` raises, or Ctrl-C is pressed.
     tick
-        Called ten times a second, in the caller's thread.
+        Called ten times a second, in the caller's thread, and once more when it is cancelled.
 
     """
     failures: list[BaseException] = []
@@ -144,8 +156,11 @@ def run_beside(work: Callable[[], None], monitor: Monitor, tick: Callable[[], ob
         while not ended.wait(_POLL_S):
             tick()
     except BaseException:
-        monitor.cancelled.set()
-        # TensorRT stops at its next step; until then it must not find its folder gone.
+        monitor.cancel()
+        # Who pressed Ctrl-C shall see that it was noticed; who raised in `tick` does so again.
+        with suppress(BaseException):
+            tick()
+        # TensorRT stops at its next step, seconds away; until then it must not find its folder gone.
         ended.wait()
         raise
     finally:

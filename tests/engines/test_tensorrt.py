@@ -88,12 +88,16 @@ def test_what_the_callback_raises_cancels_the_build(tiny_fp16_bundle: Path, tmp_
     class CancelledError(Exception):
         pass
 
-    def report(_what: str, done: float) -> None:
+    told = []
+
+    def report(what: str, done: float) -> None:
+        told.append(what)
         if done > 0:
             raise CancelledError
 
     with pytest.raises(CancelledError):
         build(source, tmp_path, report=report)
+    assert told[-1] == "cancelling"
     assert not any(thread.name == "tensorrt-build" for thread in threading.enumerate())
     assert (tmp_path / "text_encoder.plan").stat().st_size == 0
 
