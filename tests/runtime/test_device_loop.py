@@ -144,6 +144,7 @@ def test_stand_in_nothing_is_copied_or_waited_for_between_first_and_last_step(ma
     assert set(during[-10:]) == {"cuGraphLaunch"}
     # Five copies make a request, however many steps: control, table with noise, and the latents among them.
     assert bench.driver.count("cuMemcpyHtoDAsync") == 3
+    bench.fetch()  # which waits: a loop may be closed only when its stream is done
 
 
 def test_stand_in_steps_are_seen_when_asked_for_and_stay(make: Callable[..., Bench]) -> None:
