@@ -107,7 +107,7 @@ class CompileCache:
         """Copy what was kept into a folder and return the digests, leaving out what is damaged."""
         known = set()
         for blob in self._folder.glob(f"{name}.*.blob"):
-            _, number, digest, _ = blob.name.split(".")
+            number, _, digest = blob.name[len(name) + 1 : -len(".blob")].partition(".")
             try:
                 content = blob.read_bytes()
             except OSError:  # another process has replaced it

@@ -104,6 +104,15 @@ def test_what_is_damaged_is_compiled_anew(bundle: Bundle, damage: Callable[[byte
     assert again.name.split(".")[:2] == blob.name.split(".")[:2]
 
 
+def test_a_file_that_is_none_of_ours_stops_nothing(bundle: Bundle) -> None:
+    decode(bundle)
+    foreign = blobs()[0].parent / "vae_decoder-fp32-1x4x8x8.copy.of.1.blob"
+    shutil.copy(blobs()[0], foreign)
+    with pytest.warns(SdrtWarning, match=f"{foreign.name} is damaged"):
+        assert decode(bundle)[0] is True
+    assert not foreign.exists()
+
+
 def test_a_file_that_another_version_wrote_is_replaced(bundle: Bundle) -> None:
     """It is whole by its name, and OpenVINO itself refuses it."""
     _, expected = decode(bundle)
