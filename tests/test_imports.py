@@ -64,8 +64,8 @@ def imports_in(source: str, module: str, *, is_package: bool) -> Iterator[Import
 
 def modules() -> dict[str, Path]:
     """Every module of sdrt by its dotted name; the three folders are followed through their links."""
-    files = [*PACKAGE.glob("*.py"), *(PACKAGE / "serve").glob("*.py")]
-    for folder in ("export", "engines", "runtime"):
+    files = list(PACKAGE.glob("*.py"))
+    for folder in ("commands", "export", "engines", "runtime", "serve"):
         files += sorted((PACKAGE / folder).rglob("*.py"))
     found = {}
     for file in files:
