@@ -1,7 +1,7 @@
 # Everything from a fresh clone: Python 3.11 or later and make are all that has to be there.
 #
 #   make demo       an image on disk, without PyTorch: a minute, and the model comes with sdrt
-#   make test       the test suite              ARGS="-k schedule" chooses among the tests
+#   make test       the test suite              ARGS="-k schedule" chooses among the tests, WORKERS=8 runs so many at once
 #   make test-full  the tests of the full-size model: minutes, 10 GB of memory, 15 GB of disk
 #   make check      ruff and mypy
 #   make clean      remove what was built; make distclean removes .venv as well
@@ -12,6 +12,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := build/demo-venv
 ARGS ?=
+WORKERS ?= 2
 CHECK_PYTHON = $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("sdrt needs Python 3.11 or later, and $(PYTHON) is " + sys.version.split()[0] + ": run make PYTHON=python3.11")'
 
 .PHONY: demo test test-full check clean distclean
@@ -28,7 +29,7 @@ demo:
 	@echo "The picture is in $(CURDIR)/demo.png"
 
 test: $(READY)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-full: $(READY)
 	$(BIN)/python -m pytest -m full_size $(ARGS)
