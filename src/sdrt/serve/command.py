@@ -56,6 +56,9 @@ def _largest(_ctx: click.Context, _param: click.Parameter, given: str | None) ->
 )
 @click.option("--queue", type=click.IntRange(1), default=32, show_default=True, help="Pictures that may wait.")
 @click.option("--max-size", callback=_largest, metavar="WxH", help="Of a picture. [default: twice the model's own]")
+@click.option(
+    "--allow-shared-memory", is_flag=True, help="Let clients have POSIX shared memory of this machine read and written."
+)
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @click.pass_context
 def serve(context: click.Context, /, *, bundles: tuple[str, ...], at_once: int, queue: int, **options: Any) -> None:

@@ -55,6 +55,8 @@ class Settings:
         How many pictures are made at once, and how many may wait.
     largest
         Width and height in pixels.
+    allow_shared_memory
+        Whether clients may register regions of it.
     log_format
         ``text`` or ``json``.
 
@@ -70,6 +72,7 @@ class Settings:
     most_at_once: int
     places: int
     largest: tuple[int, int] | None
+    allow_shared_memory: bool
     log_format: str
 
 
@@ -130,7 +133,12 @@ class _Life:
         if settings.parent is not None:
             watch(settings.parent, self._leave)
         self._service = Service(
-            pipelines, loop, most_at_once=settings.most_at_once, places=settings.places, largest=settings.largest
+            pipelines,
+            loop,
+            most_at_once=settings.most_at_once,
+            places=settings.places,
+            largest=settings.largest,
+            allow_shared_memory=settings.allow_shared_memory,
         )
         self._ended = asyncio.Event()
         for number in (signal.SIGINT, signal.SIGTERM):

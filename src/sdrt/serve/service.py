@@ -9,6 +9,7 @@ from .http import RefusalError, later
 from .metrics import Metrics
 from .models import Model, check_names
 from .scheduler import Scheduler
+from .shared_memory import Regions
 from .turns import Turns
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ class Service:
     largest
         Width and height of the largest picture; None for twice what each model was trained on. A picture of the same
         area in another shape is as well.
+    allow_shared_memory
+        Whether clients may register regions of it.
 
     Raises
     ------
@@ -55,6 +58,7 @@ class Service:
         most_at_once: int,
         places: int,
         largest: tuple[int, int] | None,
+        allow_shared_memory: bool = False,
     ) -> None:
         self.loop = loop
         self.metrics = Metrics()
@@ -62,6 +66,7 @@ class Service:
         self.models = [Model(pipeline, turns) for pipeline in pipelines]
         check_names(self.models)
         self.scheduler = Scheduler(most_at_once, places, self.metrics)
+        self.regions = Regions(allowed=allow_shared_memory)
         self._largest = largest
         self._warm = False
         self.metrics.ready.set_function(lambda: self.state == "ready")
