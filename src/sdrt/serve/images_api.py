@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from ..runtime.images import encode
-from ..runtime.request import make_request
-from ..runtime.samplers import SAMPLERS, resolve_sampler
+from .fields import COUNT, MODEL, PROMPT, SETTINGS, choice, make_requests, optional
 from .http import EventStream, JSONAnswer, RefusalError, read_object, refusal_of, until_gone
 from .openapi import Operation
 from .scheduler import Picture
@@ -27,18 +26,15 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
 
-    from ..runtime.request import Arguments
     from .models import Model
     from .schema import Schema
     from .service import Service
 
-MOST_IMAGES = 10
 MOST_PARTIAL = 3
 _PATIENCE_S = 15.0
 """Between two lines of a stream: what stands between client and server may take a longer silence for the end."""
 _SIZE = re.compile(r"([0-9]{1,4})x([0-9]{1,4})")
 _FORMATS = ("png", "jpeg", "webp")
-_SPACINGS = ("leading", "trailing", "linspace")
 
 _REFUSED = {
     "style": "say it in the prompt",
@@ -51,94 +47,58 @@ _REFUSED = {
 """Fields of OpenAI's that make no sense here, and why."""
 
 
-def _optional(kind: str, description: str, **more: Any) -> Schema:
-    return {"type": [kind, "null"], "description": description, **more}
-
-
-def _choice(description: str, *values: str) -> Schema:
-    return _optional("string", description, enum=[*values, None])
-
-
 GENERATION: Schema = {
     "type": "object",
     "required": ["prompt"],
     "additionalProperties": False,
     "properties": {
-        "prompt": {
-            "type": "string",
-            "maxLength": 32_000,
-            "description": "What the picture shall show. The model reads 75 tokens and drops the rest.",
-        },
-        "model": _optional("string", "One of /v1/models; by default the first of them."),
-        "n": _optional("integer", "How many pictures, 1 by default.", minimum=1, maximum=MOST_IMAGES),
-        "size": _optional(
+        "prompt": PROMPT,
+        "model": MODEL,
+        "n": COUNT,
+        "size": optional(
             "string",
             "Width and height in pixels, multiples of 8; auto, the default, is what the model was trained on.",
             pattern=r"^(auto|[0-9]{1,4}x[0-9]{1,4})$",
             examples=["512x512"],
         ),
-        "response_format": _choice("Pictures come in the answer itself.", "b64_json"),
-        "output_format": _choice("png, the default, carries the settings as text, as A1111 writes them.", *_FORMATS),
-        "output_compression": _optional("integer", "Quality of jpeg and webp, 100 by default.", minimum=0, maximum=100),
-        "quality": _choice("num_inference_steps sets it.", "auto"),
-        "background": _choice("Pictures have no transparent parts.", "auto", "opaque"),
-        "stream": _optional("boolean", "Answer with server-sent events."),
-        "partial_images": _optional(
+        "response_format": choice("Pictures come in the answer itself.", "b64_json"),
+        "output_format": choice("png, the default, carries the settings as text, as A1111 writes them.", *_FORMATS),
+        "output_compression": optional("integer", "Quality of jpeg and webp, 100 by default.", minimum=0, maximum=100),
+        "quality": choice("num_inference_steps sets it.", "auto"),
+        "background": choice("Pictures have no transparent parts.", "auto", "opaque"),
+        "stream": optional("boolean", "Answer with server-sent events."),
+        "partial_images": optional(
             "integer", "Pictures to show on the way, in a stream.", minimum=0, maximum=MOST_PARTIAL
         ),
-        "user": _optional("string", "Not used.", maxLength=512),
-        "safety_identifier": _optional("string", "Not used.", maxLength=512),
-        "negative_prompt": _optional("string", "What the picture shall not show.", maxLength=32_000),
-        "num_inference_steps": _optional("integer", "Steps of the sampler, 50 by default.", minimum=1, maximum=1000),
-        "guidance_scale": _optional(
-            "number", "Of classifier-free guidance, 7.5 by default; 1 or less turns it off.", minimum=0, maximum=1000
-        ),
-        "seed": _optional(
-            "integer",
-            "Of the first picture, the next one's being one more; drawn at random by default.",
-            minimum=-(2**63),
-            maximum=2**64 - 1,
-        ),
-        "sampler": _optional("string", f"{', '.join(SAMPLERS)}; by default the model's own.", maxLength=100),
-        "eta": _optional("number", "Share of ancestral noise of ddim, 0 by default.", minimum=0, maximum=1),
-        "timestep_spacing": _choice("Of the steps; by default the sampler's own.", *_SPACINGS),
-        "guidance_interval": _optional(
-            "array",
-            "Approximate: guidance between these two noise levels (sigma) alone; by default everywhere.",
-            items={"type": "number", "minimum": 0},
-            minItems=2,
-            maxItems=2,
-        ),
-        "cache_interval": _optional(
-            "integer", "Approximate: the whole U-Net in every so many steps; 1 by default.", minimum=1, maximum=1000
-        ),
-        "clip_skip": _optional("integer", "Last layers of the text encoder to leave out.", minimum=0, maximum=100),
+        "user": optional("string", "Not used.", maxLength=512),
+        "safety_identifier": optional("string", "Not used.", maxLength=512),
+        **SETTINGS,
     },
 }
 
 _TEXT = {"type": "string"}
-_COUNT = {"type": "integer"}
+_NUMBER = {"type": "integer"}
 USAGE: Schema = {
     "type": "object",
     "required": ["input_tokens", "input_tokens_details", "output_tokens", "total_tokens"],
     "properties": {
-        "input_tokens": _COUNT,
-        "input_tokens_details": {"type": "object", "properties": {"text_tokens": _COUNT, "image_tokens": _COUNT}},
-        "output_tokens": _COUNT,
-        "total_tokens": _COUNT,
+        "input_tokens": _NUMBER,
+        "input_tokens_details": {"type": "object", "properties": {"text_tokens": _NUMBER, "image_tokens": _NUMBER}},
+        "output_tokens": _NUMBER,
+        "total_tokens": _NUMBER,
     },
 }
 IMAGES: Schema = {
     "type": "object",
     "required": ["created", "data", "size", "output_format", "background", "usage"],
     "properties": {
-        "created": {**_COUNT, "description": "Seconds since 1970."},
+        "created": {**_NUMBER, "description": "Seconds since 1970."},
         "data": {
             "type": "array",
             "items": {
                 "type": "object",
                 "required": ["b64_json", "seed"],
-                "properties": {"b64_json": _TEXT, "seed": {**_COUNT, "description": "Makes the same picture again."}},
+                "properties": {"b64_json": _TEXT, "seed": {**_NUMBER, "description": "Makes the same picture again."}},
             },
         },
         "size": _TEXT,
@@ -227,16 +187,10 @@ class Order:
             model.pipeline.tokenizer.count(fields.get(name, "")) for name in ("prompt", "negative_prompt")
         )
         self._count = count
-        prompt, arguments = fields["prompt"], _arguments(service, model, fields)
-        manifest = model.pipeline.bundle.manifest
-        first = make_request(manifest, prompt, **arguments)
-        seed = first.seeds[0]
-        # One request a picture: each has its own noise and its own place in the queue, and together they take no more
-        # memory than the server was set up for.
-        requests = [first]
-        for number in range(1, count):
-            arguments["seed"] = seed + number
-            requests.append(make_request(manifest, prompt, **arguments))
+        if (size := fields.get("size", "auto")) != "auto":
+            fields["width"], fields["height"] = _size(service, model, size)
+        requests = make_requests(model, fields, count)
+        first = requests[0]
         previews = frozenset(_evenly(fields.get("partial_images", 0), len(first.table)))
         self._shown: asyncio.Queue[Image | None] = asyncio.Queue()
         self._loop = service.loop
@@ -321,32 +275,6 @@ class Order:
         phases = self._service.metrics.phases
         phases.labels(self._model.name, "encode").observe(time.perf_counter() - began)
         return base64.b64encode(content).decode("ascii")
-
-
-def _arguments(service: Service, model: Model, fields: dict[str, Any]) -> Arguments:
-    """Give the pipeline's arguments for a request's fields."""
-    arguments: Arguments = {}
-    for name in (
-        "negative_prompt",
-        "num_inference_steps",
-        "guidance_scale",
-        "seed",
-        "eta",
-        "timestep_spacing",
-        "clip_skip",
-        "guidance_interval",
-        "cache_interval",
-    ):
-        if name in fields:
-            arguments[name] = fields[name]
-    if "sampler" in fields:
-        try:
-            arguments["sampler"] = resolve_sampler(fields["sampler"])
-        except InputError as error:
-            raise RefusalError(400, str(error), param="sampler") from None
-    if (size := fields.get("size", "auto")) != "auto":
-        arguments["width"], arguments["height"] = _size(service, model, size)
-    return arguments
 
 
 def _size(service: Service, model: Model, text: str) -> tuple[int, int]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from PIL.Image import Image
 
+    from ..runtime.loop import Step
     from ..runtime.request import Request
     from .metrics import Metrics
     from .models import Model
@@ -60,6 +61,8 @@ class Picture:
         Steps, from 0, after which it is shown as it is then.
     show
         Called with those pictures, in order, by the thread that makes them.
+    stepped
+        Called by that thread with each step, when it is done.
     done
         The finished picture, or what went wrong. Cancelling it ends the work before the next step.
 
@@ -69,6 +72,7 @@ class Picture:
     request: Request
     previews: frozenset[int] = frozenset()
     show: Callable[[Image], None] = lambda _: None
+    stepped: Callable[[Step], None] = lambda _: None
     done: Future[Image] = field(default_factory=Future)
     since: float = field(default_factory=time.perf_counter)
 
@@ -206,6 +210,7 @@ class Scheduler:
                 self._metrics.count_step(model.name)
                 if picture.done.cancelled():
                     return None
+                picture.stepped(step)
                 if step.index in picture.previews:
                     (pixels,) = model.pipeline.decode(step.latents)
                     picture.show(to_pil(pixels, ""))
