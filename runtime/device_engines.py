@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict, deque
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -101,7 +102,11 @@ class DeviceEngines:
                     recording.mark_begin(self.stream, index)
                     loop.step()
                     recording.mark_end(self.stream, index)
-                replacement = yield DeviceStep(index, total, timestep, recording)
+                step = DeviceStep(index, total, timestep, recording, partial(loop.estimate, table, index))
+                try:
+                    replacement = yield step
+                finally:
+                    step.expire()
                 if replacement is not None:
                     with self._on_gpu():
                         loop.replace(check_shape("the replacement", replacement, loop.shape))

@@ -170,6 +170,25 @@ class DeviceLoop:
             self._enqueue()
             self._warm = True
 
+    def estimate(self, table: SamplerTable, index: int) -> NDArray[np.float32]:
+        """Return what the model takes for the finished latents at the last step, which must be done.
+
+        Parameters
+        ----------
+        table
+            The one that the request began with.
+        index
+            Of that step.
+
+        """
+        x, m = np.empty(self.shape, np.float32), np.empty(self.shape, np.float32)
+        # The kernel counts the row that makes the first x as well.
+        remembered = self._history.pointer + (1 + index) % DEPTH * self.latents_bytes
+        with self._device.current():
+            for array, source in ((x, self._previous.pointer), (m, remembered)):
+                self._device.call("cuMemcpyDtoH", array.ctypes.data, source, self.latents_bytes)
+        return table.estimate(index, x, m)
+
     def replace(self, latents: NDArray[np.float32]) -> None:
         """Go on from other latents, in the loop's shape; waits for what is enqueued."""
         self._stream.synchronize()

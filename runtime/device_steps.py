@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..errors import InputError
 from .cuda import Buffer, Event
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
 
     from .cuda import Device, Stream
@@ -59,11 +62,16 @@ class Recording:
         """Note that the step is all that was enqueued so far."""
         stream.record(self._ended[index])
 
+    def wait(self, index: int) -> None:
+        """Wait for a step."""
+        with self._device.current():
+            self._ended[index].wait()
+
     def latents(self, index: int) -> NDArray[np.float32]:
         """Wait for a step and copy its latents, read-only."""
         array = np.empty(self._shape, np.float32)
+        self.wait(index)
         with self._device.current():
-            self._ended[index].wait()
             source = self._latents.pointer + (1 + index) * self._bytes
             self._device.call("cuMemcpyDtoH", array.ctypes.data, source, self._bytes)
         array.flags.writeable = False
@@ -71,24 +79,62 @@ class Recording:
 
     def seconds(self, index: int) -> float:
         """Wait for a step and tell how long it took on the GPU."""
+        self.wait(index)
         with self._device.current():
-            self._ended[index].wait()
             return self._ended[index].seconds_since(self._began[index])
 
 
 class DeviceStep:
-    """One step, as `.loop.Step` has it; `latents` and `seconds` wait for the GPU when they are first asked for."""
+    """One step, as `.loop.Step` has it; what has to be fetched from the GPU is when it is first asked for.
 
-    def __init__(self, index: int, total: int, timestep: float, recording: Recording) -> None:
+    Parameters
+    ----------
+    index, total, timestep
+        As `.loop.Step` has them.
+    recording
+        Of its request.
+    estimate
+        Computes `estimate` of what is on the GPU once the step is done, and until the loop goes on.
+
+    """
+
+    def __init__(
+        self,
+        index: int,
+        total: int,
+        timestep: float,
+        recording: Recording,
+        estimate: Callable[[], NDArray[np.float32]],
+    ) -> None:
         self.index = index
         self.total = total
         self.timestep = timestep
         self._recording = recording
+        self._estimate: Callable[[], NDArray[np.float32]] | None = estimate
 
     @cached_property
     def latents(self) -> NDArray[np.float32]:
         """After the step: float32 of shape (N, 4, height / 8, width / 8), read-only; it stays valid."""
         return self._recording.latents(self.index)
+
+    @cached_property
+    def estimate(self) -> NDArray[np.float32]:
+        """What the model takes for the finished latents at this step.
+
+        Raises
+        ------
+        InputError
+            The loop has gone on, and what it is made of is overwritten.
+
+        """
+        if self._estimate is None:
+            raise InputError(f"the estimate of step {self.index} is gone: ask for it before the next step")
+        self._recording.wait(self.index)
+        return self._estimate()
+
+    def expire(self) -> None:
+        """Be told that the loop goes on."""
+        self._estimate = None
 
     @cached_property
     def seconds(self) -> float:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 class Step(Protocol):
     """One evaluation of the network and the step that it led to.
 
-    On a GPU, asking for `latents` or `seconds` waits until the step is done.
+    On a GPU, asking for `latents`, `estimate` or `seconds` waits until the step is done.
     """
 
     @property
@@ -41,19 +43,34 @@ class Step(Protocol):
         """After the step: float32 of shape (N, 4, height / 8, width / 8), read-only; it stays valid."""
 
     @property
+    def estimate(self) -> NDArray[np.float32]:
+        """What the model takes for the finished latents at this step, in their shape: for previews.
+
+        To be asked for before the next step is; then it stays valid.
+        """
+
+    @property
     def seconds(self) -> float:
         """What the step took, the consumer's own time not counted."""
 
 
 @dataclass(frozen=True, eq=False)
 class HostStep:
-    """A step that is done, as `Step` describes it."""
+    """A step that is done, as `Step` describes it; `x` and `m` are what it was made of, as `SamplerTable` has them."""
 
     index: int
     total: int
     timestep: float
     latents: NDArray[np.float32]
     seconds: float
+    table: SamplerTable
+    x: NDArray[np.float32]
+    m: NDArray[np.float32]
+
+    @cached_property
+    def estimate(self) -> NDArray[np.float32]:
+        """What the model takes for the finished latents."""
+        return self.table.estimate(self.index, self.x, self.m)
 
 
 def denoise(
@@ -91,9 +108,8 @@ def denoise(
         raise InputError(f"latents are of type {latents.dtype}: expected float32")
     x = x_prev = latents * table.initial_scale
     x.flags.writeable = False
-    depth = table.b.shape[1]
-    # m_i sits at i modulo the depth, so remembering it moves nothing.
-    history = np.zeros((depth, *x.shape), x.dtype)
+    # The newest m first.
+    history: deque[NDArray[np.float32]] = deque(maxlen=table.b.shape[1])
     scratch = np.empty_like(x)
 
     def add(total: NDArray[np.float32], coefficient: float, term: NDArray[np.float32]) -> None:
@@ -107,18 +123,18 @@ def denoise(
     for index, timestep in enumerate(table.timesteps.tolist()):
         began = time.perf_counter()
         output = check_shape("the prediction", predict(x, timestep), x.shape)
-        m = history[index % depth]
-        np.multiply(output, q[index], out=m, dtype=x.dtype, casting="same_kind")
+        m = np.multiply(output, q[index], dtype=x.dtype, casting="same_kind")
         add(m, p[index], x)
+        history.appendleft(m)
         x_next = x * a[index]
         add(x_next, a_prev[index], x_prev)
-        for back, weight in enumerate(b[index][: index + 1]):
-            add(x_next, weight, history[(index - back) % depth])
+        for weight, earlier in zip(b[index], history, strict=False):
+            add(x_next, weight, earlier)
         if table.draws_noise[index]:
             add(x_next, c[index], check_shape("the noise", draw_noise(), x.shape))
         x_next.flags.writeable = False
         x_prev, x = x, x_next
-        replacement = yield HostStep(index, len(table), timestep, x, time.perf_counter() - began)
+        replacement = yield HostStep(index, len(table), timestep, x, time.perf_counter() - began, table, x_prev, m)
         if replacement is not None:
             x = check_shape("the replacement", replacement, x.shape).astype(x.dtype)
             x.flags.writeable = False

@@ -36,7 +36,9 @@ class SamplerTable:
         x_{i+1} = a[i] x_i + a_prev[i] x_{i-1} + sum over k of b[i, k] m_{i-k} + c[i] z_i
 
     z_i is a unit gaussian; a fresh one is drawn where ``draws_noise[i]``, even if c[i] is 0, because the reference's
-    generator advances there. x_S is the result. Terms that would reach before i = 0 have the coefficient 0.
+    generator advances there. x_S is the result. Terms that would reach before i = 0 have the coefficient 0. What the
+    model takes for the finished latents at step i, which previews show and the loop has no use for, is
+    d[i] x_i + e[i] m_i.
 
     Attributes
     ----------
@@ -54,6 +56,8 @@ class SamplerTable:
         float64 of shape (S, K); K - 1 is how far back the sampler looks.
     draws_noise
         bool of shape (S,).
+    d, e
+        float64 of shape (S,).
 
     """
 
@@ -68,6 +72,8 @@ class SamplerTable:
     b: Array
     c: Array
     draws_noise: NDArray[np.bool_]
+    d: Array
+    e: Array
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -78,6 +84,19 @@ class SamplerTable:
     def __len__(self) -> int:
         """How many times the network is evaluated, S."""
         return len(self.timesteps)
+
+    def estimate(self, index: int, x: NDArray[np.float32], m: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return what the model takes for the finished latents, where it is at step `index`.
+
+        Parameters
+        ----------
+        index
+            Of the step, from 0.
+        x, m
+            x_i and m_i, of one shape.
+
+        """
+        return x * float(self.d[index]) + m * float(self.e[index])
 
     def to_dict(self) -> dict[str, Any]:
         """Return the attributes under their own names as what JSON has: text, numbers, booleans and lists of them.
@@ -91,6 +110,7 @@ class SamplerTable:
 
 def _table(
     sampler: str,
+    schedule: Schedule,
     num_inference_steps: int,
     timesteps: Array,
     to_model: tuple[Array, Array],
@@ -104,18 +124,26 @@ def _table(
 ) -> SamplerTable:
     count = len(timesteps)
     none = np.zeros(count)
+    p, q = to_model
+    s = schedule.sigmas_at(timesteps)
+    alpha = 1 / np.sqrt(s**2 + 1)
+    from_x, from_f = _to_sample(schedule.prediction_type, alpha, s * alpha)
+    # The network's output is f = (m - p x) / q.
+    e = from_f / q
     return SamplerTable(
         sampler=sampler,
         num_inference_steps=num_inference_steps,
         timesteps=timesteps,
         initial_scale=initial_scale,
-        p=to_model[0],
-        q=to_model[1],
+        p=p,
+        q=q,
         a=a,
         a_prev=none.copy() if a_prev is None else a_prev,
         b=b.reshape(count, -1),
         c=none.copy() if c is None else c,
         draws_noise=np.broadcast_to(np.asarray(draws_noise, bool), (count,)).copy(),
+        d=from_x - e * p,
+        e=e,
     )
 
 
@@ -159,6 +187,7 @@ def ddpm(schedule: Schedule, num_inference_steps: int, spacing: str, _eta: float
     draws_noise = timesteps > 0
     return _table(
         "ddpm",
+        schedule,
         num_inference_steps,
         timesteps,
         _to_sample(schedule.prediction_type, *_split(ac)),
@@ -184,6 +213,7 @@ def ddim(schedule: Schedule, num_inference_steps: int, spacing: str, eta: float)
     alpha, sigma = _split(ac)
     return _table(
         "ddim",
+        schedule,
         num_inference_steps,
         timesteps,
         _to_epsilon(schedule.prediction_type, alpha, sigma),
@@ -235,7 +265,7 @@ def plms(schedule: Schedule, num_inference_steps: int, spacing: str, _eta: float
     a_prev = np.zeros_like(a)
     if count > 1:
         a_prev[1], a[1] = a[1], 0.0
-    return _table("plms", count, timesteps, to_model, a=a, b=b, a_prev=a_prev)
+    return _table("plms", schedule, count, timesteps, to_model, a=a, b=b, a_prev=a_prev)
 
 
 def _euler_levels(schedule: Schedule, num_inference_steps: int, spacing: str) -> tuple[Array, Array, Array, float]:
@@ -258,6 +288,7 @@ def euler(schedule: Schedule, num_inference_steps: int, spacing: str, _eta: floa
     timesteps, s, alpha, initial_scale = _euler_levels(schedule, num_inference_steps, spacing)
     return _table(
         "euler",
+        schedule,
         num_inference_steps,
         timesteps,
         _to_epsilon(schedule.prediction_type, alpha[:-1], s[:-1] * alpha[:-1]),
@@ -274,6 +305,7 @@ def euler_a(schedule: Schedule, num_inference_steps: int, spacing: str, _eta: fl
     down = s[1:] ** 2 / s[:-1]
     return _table(
         "euler_a",
+        schedule,
         num_inference_steps,
         timesteps,
         _to_epsilon(schedule.prediction_type, alpha[:-1], s[:-1] * alpha[:-1]),
@@ -312,6 +344,7 @@ def dpmpp_2m(schedule: Schedule, num_inference_steps: int, spacing: str, _eta: f
         b[1:-1, 1] = -extrapolated
     return _table(
         "dpmpp_2m",
+        schedule,
         count,
         timesteps,
         _to_sample(schedule.prediction_type, alpha, sigma),

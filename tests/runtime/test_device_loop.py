@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -158,7 +159,7 @@ def test_stand_in_steps_are_seen_when_asked_for_and_stay(make: Callable[..., Ben
         recording.mark_begin(bench.stream, index)
         bench.loop.step()
         recording.mark_end(bench.stream, index)
-        steps.append(DeviceStep(index, len(table), timestep, recording))
+        steps.append(DeviceStep(index, len(table), timestep, recording, partial(bench.loop.estimate, table, index)))
     waits = bench.driver.count(*WAITS)
     expected = on_host(table, guided=True)
     # An early one is read when all have been enqueued; only that one is waited for.

@@ -25,7 +25,7 @@ def random_table(rows: int, depth: int) -> SamplerTable:
     b[np.arange(depth)[None, :] > np.arange(rows)[:, None]] = 0
     a_prev = rng.normal(size=rows) / 4
     a_prev[0] = 0
-    p, q, a, c = rng.normal(size=(4, rows)) / 2
+    p, q, a, c, d, e = rng.normal(size=(6, rows)) / 2
     return SamplerTable(
         sampler="random",
         num_inference_steps=rows,
@@ -38,6 +38,8 @@ def random_table(rows: int, depth: int) -> SamplerTable:
         b=b,
         c=c,
         draws_noise=rng.random(rows) < 0.5,
+        d=d,
+        e=e,
     )
 
 
@@ -71,8 +73,9 @@ def test_the_loop_is_the_tables_formula(rows: int, depth: int) -> None:
     assert [step.index for step in steps] == list(range(rows))
     assert {step.total for step in steps} == {rows}
     assert [step.timestep for step in steps] == table.timesteps.tolist()
-    for step, x in zip(steps, xs[1:], strict=True):
-        np.testing.assert_allclose(step.latents, x, rtol=1e-12, atol=1e-12)
+    for i, step in enumerate(steps):
+        np.testing.assert_allclose(step.latents, xs[i + 1], rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(step.estimate, table.d[i] * xs[i] + table.e[i] * ms[i], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -158,6 +161,9 @@ def test_what_is_sent_takes_the_place_of_the_latents() -> None:
     expected = table.a[1] * 0.25 + table.b[1, 0] * (table.p[1] * 0.25 + table.q[1] * predict(0.25, table.timesteps[1]))
     np.testing.assert_allclose(second.latents, expected, rtol=1e-5)
     assert second.latents.dtype == np.float32
+    model_output = table.p[1] * 0.25 + table.q[1] * predict(0.25, table.timesteps[1])
+    np.testing.assert_allclose(second.estimate, table.d[1] * 0.25 + table.e[1] * model_output, rtol=1e-5)
+    assert second.estimate.dtype == np.float32
     with pytest.raises(InputError, match="the replacement has the shape"):
         loop.send(np.zeros((1, 4, 1, 1), np.float32))
 

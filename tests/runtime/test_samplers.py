@@ -239,6 +239,24 @@ def test_tables_survive_json(sampler: str, steps: int, beta_schedule: str) -> No
     np.testing.assert_array_equal(run_ours(again, np.float32, 1)[0], run_ours(table, np.float32, 1)[0])
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_the_estimate_of_a_network_that_knows_is_the_clean_sample(
+    sampler: str, prediction_type: str, spacing: str
+) -> None:
+    schedule = Schedule(prediction_type=prediction_type)
+    table = sampler_table(sampler, schedule, 7, spacing=spacing)
+    clean, noise = np.random.default_rng(0).normal(size=(2, 4, 3, 5))
+    for index, sigma_over_alpha in enumerate(schedule.sigmas_at(table.timesteps)):
+        alpha = 1 / np.sqrt(1 + sigma_over_alpha**2)
+        sigma = sigma_over_alpha * alpha
+        x = alpha * clean + sigma * noise
+        output = {"epsilon": noise, "v_prediction": alpha * noise - sigma * clean, "sample": clean}[prediction_type]
+        m = table.p[index] * x + table.q[index] * output
+        np.testing.assert_allclose(table.estimate(index, x, m), clean, rtol=1e-9, atol=1e-9)
+
+
 def test_tables_cannot_be_written_to() -> None:
     table = sampler_table("ddim", Schedule(), 5)
     with pytest.raises(ValueError, match="read-only"):

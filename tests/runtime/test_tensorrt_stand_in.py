@@ -136,6 +136,23 @@ def test_stand_in_engines_give_what_the_host_gives(
         np.testing.assert_allclose(step.latents, other.latents, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("sampler", ["plms", "euler_a", "dpmpp_2m"])
+def test_stand_in_estimates_are_those_of_the_host_until_the_loop_goes_on(
+    machine: Machine, engines: DeviceEngines, sampler: str
+) -> None:
+    request = machine.request(sampler=sampler, num_inference_steps=7)
+    wanted = list(machine.host().denoise(request, passages(request), noise(request)))
+    steps = []
+    for step in engines.denoise(request, passages(request), noise(request)):
+        if step.index % 2:
+            np.testing.assert_allclose(step.estimate, wanted[step.index].estimate, rtol=1e-4, atol=1e-5)
+        steps.append(step)
+    np.testing.assert_allclose(steps[1].estimate, wanted[1].estimate, rtol=1e-4, atol=1e-5)
+    for gone in (steps[0], steps[-1] if len(steps) % 2 else steps[-2]):
+        with pytest.raises(InputError, match=f"the estimate of step {gone.index} is gone"):
+            _ = gone.estimate
+
+
 def test_stand_in_addresses_are_set_once_and_weights_are_there_once(machine: Machine, engines: DeviceEngines) -> None:
     request = machine.request()
     for _ in range(3):

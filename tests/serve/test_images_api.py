@@ -120,8 +120,8 @@ def test_a_stream_shows_real_pictures_on_the_way(server: Server, pipe: sdrt.Pipe
     assert [event.type for event in events] == ["image_generation.partial_image"] * 3 + ["image_generation.completed"]
     assert [event.partial_image_index for event in events[:3]] == [0, 1, 2]  # type: ignore[union-attr]
     assert {(event.size, event.quality, event.output_format) for event in events} == {("128x128", "auto", "png")}
-    latents = [step.latents for step in pipe.steps(PROMPT, **settings)]
-    expected = [to_pil(pipe.decode(latents[index])[0], "") for index in (1, 3, 5)]
+    estimates = [step.estimate for step in pipe.steps(PROMPT, **settings)]
+    expected = [to_pil(pipe.decode(estimates[index])[0], "") for index in (1, 3, 5)]
     shown = [Image.open(io.BytesIO(base64.b64decode(event.b64_json))) for event in events[:3]]
     for one, other in zip(shown, expected, strict=True):
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))

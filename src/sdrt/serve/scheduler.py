@@ -58,7 +58,7 @@ class Picture:
     model, request
         What makes it, and how; the request is for one image.
     previews
-        Steps, from 0, after which it is shown as it is then.
+        Steps, from 0, after which it is shown as the model takes it to become.
     show
         Called with those pictures, in order, by the thread that makes them.
     stepped
@@ -212,7 +212,7 @@ class Scheduler:
                     return None
                 picture.stepped(step)
                 if step.index in picture.previews:
-                    (pixels,) = model.pipeline.decode(step.latents)
+                    (pixels,) = model.pipeline.decode(step.estimate)
                     picture.show(to_pil(pixels, ""))
                 latents = step.latents
             ended = time.perf_counter()
