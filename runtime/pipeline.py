@@ -222,8 +222,8 @@ class Pipeline:
         Yields
         ------
         Step
-            Index, total, timestep, latents (float32, read-only, images x 4 x height / 8 x width / 8), the model's estimate
-            of the finished latents (the same), seconds.
+            Index, total, timestep, latents (float32, read-only, images x 4 x height / 8 x width / 8), seconds; and the
+            model's estimate of the finished latents, to be asked for before the next step.
 
         """
         yield from self.run(make_request(self.bundle.manifest, prompt, **arguments))
