@@ -50,6 +50,7 @@ def test_the_document_is_valid_and_complete(server: Server) -> None:
     validate(document)
     assert document["openapi"] == "3.1.0"
     paths = {"/healthz", "/readyz", "/metrics", "/openapi.json", "/v1/models", "/v1/models/{model}", GENERATIONS}
+    paths |= {"/native/v1/generate", "/native/v1/models"}
     assert set(document["paths"]) == paths
     operation = document["paths"][GENERATIONS]["post"]
     fields = operation["requestBody"]["content"]["application/json"]["schema"]["properties"]

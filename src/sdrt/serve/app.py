@@ -9,7 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.routing import Router
 
-from . import images_api
+from . import images_api, native
 from .http import SOON_S, JSONAnswer, Shell
 from .openapi import Operation, document, routes
 
@@ -75,7 +75,7 @@ def application(service: Service, *, key: str | None, hosts: frozenset[str] | No
         As `Shell`.
 
     """
-    served = [images_api.operation(service), *_models(service), *_health(service)]
+    served = [images_api.operation(service), *native.operations(service), *_models(service), *_health(service)]
     description: dict[str, Any] = {}
 
     async def openapi(_: Request) -> Response:

@@ -12,6 +12,9 @@ from .http import RefusalError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    import numpy as np
+    from numpy.typing import NDArray
+
     from ..runtime.request import Arguments, Request
     from .models import Model
     from .schema import Schema
@@ -66,7 +69,9 @@ SETTINGS: Mapping[str, Schema] = {
 }
 
 
-def make_requests(model: Model, fields: Mapping[str, Any], count: int) -> list[Request]:
+def make_requests(
+    model: Model, fields: Mapping[str, Any], count: int, *, latents: NDArray[np.float32] | None = None
+) -> list[Request]:
     """Make one request a picture: each has its own noise and its own place in the queue.
 
     Together they so take no more memory than the server was set up for.
@@ -79,6 +84,8 @@ def make_requests(model: Model, fields: Mapping[str, Any], count: int) -> list[R
         ``prompt``, those of `SETTINGS`, ``width`` and ``height``; null ones left out.
     count
         How many pictures; each seed is one more than that before.
+    latents
+        Unit gaussians to start from, of shape (count, 4, height / 8, width / 8), instead of those of the seeds.
 
     Raises
     ------
@@ -108,9 +115,11 @@ def make_requests(model: Model, fields: Mapping[str, Any], count: int) -> list[R
         except InputError as error:
             raise RefusalError(400, str(error), param="sampler") from None
     manifest = model.pipeline.bundle.manifest
-    first = make_request(manifest, fields["prompt"], **arguments)
-    requests = [first]
-    for number in range(1, count):
-        arguments["seed"] = first.seeds[0] + number
+    requests: list[Request] = []
+    for number in range(count):
+        if number:
+            arguments["seed"] = requests[0].seeds[0] + number
+        if latents is not None:
+            arguments["latents"] = latents[number : number + 1]
         requests.append(make_request(manifest, fields["prompt"], **arguments))
     return requests

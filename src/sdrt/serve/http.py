@@ -86,20 +86,22 @@ class JSONAnswer(Response):
         return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
 
 
-class EventStream(Response):
-    """Server-sent events, until the last one is sent or the client goes away.
+class Stream(Response):
+    """An answer in parts, until the last one is sent or the client goes away.
 
     Parameters
     ----------
-    events
-        The text of each; closed in either case.
+    parts
+        Text in ASCII, or bytes; closed in either case.
+    media_type
+        What they are.
 
     """
 
-    def __init__(self, events: AsyncGenerator[str]) -> None:
-        super().__init__(media_type="text/event-stream", headers={"cache-control": "no-store"})
+    def __init__(self, parts: AsyncGenerator[str] | AsyncGenerator[bytes], media_type: str) -> None:
+        super().__init__(media_type=media_type, headers={"cache-control": "no-store"})
         del self.headers["content-length"]
-        self._events = events
+        self._parts = parts
 
     async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
         """Send them."""
@@ -107,9 +109,10 @@ class EventStream(Response):
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async with aclosing(self._events) as events:
-            async for event in events:
-                await send({"type": "http.response.body", "body": event.encode("ascii"), "more_body": True})
+        async with aclosing(self._parts) as parts:
+            async for part in parts:
+                body = part.encode("ascii") if isinstance(part, str) else part
+                await send({"type": "http.response.body", "body": body, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 
 
@@ -222,6 +225,14 @@ def refusal_of(error: Exception) -> RefusalError:  # noqa: PLR0911 - one for eac
             return RefusalError(500, "the server failed: its log says why", kind="server_error")
 
 
+def told(error: Exception) -> RefusalError:
+    """Say what went wrong, and log it if it is the server's own fault."""
+    refusal = refusal_of(error)
+    if refusal.status >= 500:
+        log.error("%s", refusal, exc_info=None if isinstance(error, SdrtError | RefusalError) else error)
+    return refusal
+
+
 def later(message: str, code: str) -> RefusalError:
     """Ask to come back, since the server is not at work yet or no more."""
     return RefusalError(503, message, kind="server_error", code=code, headers={"Retry-After": str(SOON_S)})
@@ -281,9 +292,7 @@ class Shell:
         except ClientGoneError:
             status = _CLIENT_GONE
         except Exception as error:
-            refusal = refusal_of(error)
-            if refusal.status >= 500:
-                log.error("%s", refusal, exc_info=None if isinstance(error, SdrtError | RefusalError) else error)
+            refusal = told(error)
             if status:
                 raise
             await JSONAnswer(refusal.content(), refusal.status, refusal.headers)(scope, receive, send_on)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import InputError
 from ..runtime.images import encode
 from .fields import COUNT, MODEL, PROMPT, SETTINGS, choice, make_requests, optional
-from .http import EventStream, JSONAnswer, RefusalError, read_object, refusal_of, until_gone
+from .http import JSONAnswer, RefusalError, Stream, read_object, told, until_gone
 from .openapi import Operation
 from .scheduler import Picture
 
@@ -153,7 +153,7 @@ async def _generate(service: Service, request: Request) -> Response:
     order = await asyncio.to_thread(Order, service, model, fields, count)
     service.scheduler.submit(order.pictures)
     if streaming:
-        return EventStream(order.events())
+        return Stream(order.events(), "text/event-stream")
     return JSONAnswer(await until_gone(request.receive, order.answer()))
 
 
@@ -237,7 +237,7 @@ class Order:
             more = {"seed": picture.request.seeds[0], "usage": self._usage()}
             yield await self._event("completed", await done, more)
         except Exception as error:  # noqa: BLE001 - the status is sent already: an event is what is left
-            yield f"event: error\ndata: {json.dumps({'type': 'error', **refusal_of(error).content()})}\n\n"
+            yield f"event: error\ndata: {json.dumps({'type': 'error', **told(error).content()})}\n\n"
         finally:
             self._give_up()
 

@@ -188,13 +188,7 @@ class Regions:
             raise RegionError("the name of a shared memory region is empty: give it one")
         with self._lock:
             self._check_free(name)
-        region = Region(name, key, offset, byte_size, _open(key))
-        size = os.fstat(region.descriptor).st_size
-        if offset < 0 or byte_size < 1 or offset + byte_size > size:
-            raise RegionError(
-                f"shared memory region {_show(name)} is to have {byte_size} bytes from {offset} on: expected at least "
-                f"1 of the {size} that {_show(key)} has"
-            )
+        region = _region(name, key, offset, byte_size)
         with self._lock:
             self._check_free(name)
             self._regions[name] = region
@@ -261,6 +255,25 @@ class Regions:
             )
         return View(region, offset, byte_size)
 
+    def borrow(self, key: str, offset: int, byte_size: int) -> View:
+        """Give a part of a POSIX shared memory object that is not registered, for as long as the view is kept.
+
+        Parameters
+        ----------
+        key, offset, byte_size
+            As for `register`.
+
+        Raises
+        ------
+        RegionError
+            There is no such object, it is smaller than that, or it is not this user's to read and write.
+        SharedMemoryOffError
+            The server was not told to share memory.
+
+        """
+        self._check_allowed()
+        return View(_region(key, key, offset, byte_size), 0, byte_size)
+
     def _check_allowed(self) -> None:
         if not self._allowed:
             raise SharedMemoryOffError("memory is not shared: start sdrt serve with --allow-shared-memory")
@@ -275,6 +288,17 @@ class Regions:
         if (region := self._regions.get(name)) is None:
             raise RegionMissingError(f"no shared memory region is called {_show(name)}: register it first")
         return region
+
+
+def _region(name: str, key: str, offset: int, byte_size: int) -> Region:
+    region = Region(name, key, offset, byte_size, _open(key))
+    size = os.fstat(region.descriptor).st_size
+    if offset < 0 or byte_size < 1 or offset + byte_size > size:
+        raise RegionError(
+            f"shared memory region {_show(name)} is to have {byte_size} bytes from {offset} on: expected at least "
+            f"1 of the {size} that {_show(key)} has"
+        )
+    return region
 
 
 def _open(key: str) -> int:
