@@ -65,7 +65,7 @@ def imports_in(source: str, module: str, *, is_package: bool) -> Iterator[Import
 def modules() -> dict[str, Path]:
     """Every module of sdrt by its dotted name; the three folders are followed through their links."""
     files = list(PACKAGE.glob("*.py"))
-    for folder in ("commands", "export", "engines", "runtime", "serve"):
+    for folder in ("benchmark", "commands", "export", "engines", "runtime", "serve"):
         files += sorted((PACKAGE / folder).rglob("*.py"))
     found = {}
     for file in files:

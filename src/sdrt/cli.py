@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ._version import __version__
+from .commands.bench import bench
 from .commands.build import build
 from .commands.output import json_option, print_json
 from .commands.run import run
@@ -126,7 +127,7 @@ def doctor(*, json: bool) -> None:
     print_json(facts) if json else click.echo(table(facts))
 
 
-for command in (build, run, serve):
+for command in (bench, build, run, serve):
     cli.add_command(command)
 
 

@@ -11,7 +11,8 @@ import click
 from .output import json_option, print_json
 
 
-def _interval(_ctx: click.Context, _param: click.Parameter, given: str | None) -> tuple[float, float] | None:
+def interval(_ctx: click.Context, _param: click.Parameter, given: str | None) -> tuple[float, float] | None:
+    """Read an interval of noise levels as it is typed."""
     if given is None:
         return None
     try:
@@ -50,7 +51,7 @@ def _interval(_ctx: click.Context, _param: click.Parameter, given: str | None) -
 @click.option("--clip-skip", type=int, help="Last layers of the text encoder to leave out. [default: the bundle's]")
 @click.option(
     "--guidance-interval",
-    callback=_interval,
+    callback=interval,
     metavar="LOW,HIGH",
     help="Approximate: guidance between these noise levels (sigma) alone, as in 0.3,5, so that other steps take half "
     "the time. [default: everywhere]",
