@@ -78,7 +78,8 @@ class OnnxSession:
         # A buffer that is kept for another of its size takes its room all the while: without that, what a step of the
         # U-Net needs at most is a third.
         options.enable_mem_reuse = False
-        # The arena stays at its peak. That spares the U-Net a twentieth of the time; what runs once an image gives it back.
+        # The arena stays at its peak, which spares the U-Net a twentieth of the time; what runs once an image does
+        # without.
         options.enable_cpu_mem_arena = component.name.startswith("unet")
         self._component = component
         try:
