@@ -147,6 +147,18 @@ def sampler_table(
     if eta > 0 and not info.takes_eta:
         takers = ", ".join(name for name, other in SAMPLERS.items() if other.takes_eta)
         raise InputError(f"eta is {eta:g} and the sampler is {key}: eta is for {takers} alone; expected 0")
+    return info.build(schedule, steps, spacing_of(key, schedule, spacing), float(eta))
+
+
+def spacing_of(sampler: str, schedule: Schedule, spacing: str | None) -> str:
+    """Return the spacing of timesteps that `sampler_table` takes for a key of `SAMPLERS`.
+
+    Raises
+    ------
+    InputError
+        There is no such spacing.
+
+    """
     if spacing is not None:
-        check_spacing(spacing)
-    return info.build(schedule, steps, spacing or schedule.timestep_spacing or info.default_spacing, float(eta))
+        return check_spacing(spacing)
+    return schedule.timestep_spacing or SAMPLERS[sampler].default_spacing

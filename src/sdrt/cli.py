@@ -21,6 +21,7 @@ from .commands.bench import bench
 from .commands.build import build
 from .commands.output import json_option, print_json
 from .commands.run import run
+from .commands.table import table
 from .errors import BundleCorruptError, InputError, SdrtError, SdrtWarning
 from .serve.command import serve
 
@@ -127,7 +128,7 @@ def doctor(*, json: bool) -> None:
     print_json(facts) if json else click.echo(table(facts))
 
 
-for command in (bench, build, run, serve):
+for command in (bench, build, run, serve, table):
     cli.add_command(command)
 
 
