@@ -80,7 +80,8 @@ class Server:
 
     def log(self) -> list[dict[str, Any]]:
         """Its log, of which every line is an object with --log-format json."""
-        return [json.loads(line) for line in self.errors().splitlines()]
+        whole, _, _ = self.errors().rpartition("\n")  # what comes after that is still being written
+        return [json.loads(line) for line in whole.splitlines()]
 
 
 def until(what: str, holds: Any, *, within_s: float = PATIENCE_S) -> None:

@@ -14,7 +14,7 @@ from starlette.requests import Request
 
 from sdrt.serve import http
 
-from .server import serving, until
+from .server import PATIENCE_S, serving, until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -51,7 +51,7 @@ def test_the_document_is_valid_and_complete(server: Server) -> None:
     assert document["openapi"] == "3.1.0"
     paths = {"/healthz", "/readyz", "/metrics", "/openapi.json", "/v1/models", "/v1/models/{model}", GENERATIONS}
     paths |= {"/native/v1/generate", "/native/v1/models"}
-    assert set(document["paths"]) == paths
+    assert {path for path in document["paths"] if not path.startswith("/v2")} == paths
     operation = document["paths"][GENERATIONS]["post"]
     fields = operation["requestBody"]["content"]["application/json"]["schema"]["properties"]
     assert {"prompt", "seed", "negative_prompt", "num_inference_steps", "guidance_scale", "sampler"} <= set(fields)
@@ -73,11 +73,11 @@ def test_figures(server: Server) -> None:
 def test_the_log_is_json(server: Server) -> None:
     _, headers, _ = curl(server, "/no/such\x1b[31m".replace("\x1b", "%1b").replace("[", "%5b"))
     number = headers["x-request-id"]
-    until("it is logged", lambda: number in server.errors(), within_s=10)
+    until("it is logged", lambda: any(each.get("request_id") == number for each in server.log()))
     (entry,) = [each for each in server.log() if each.get("request_id") == number]
     assert entry["level"] == "info"
     assert (entry["method"], entry["path"], entry["status"]) == ("GET", "/no/such\x1b[31m", 404)
-    assert entry["seconds"] < 1
+    assert 0 < entry["seconds"] < PATIENCE_S
 
 
 @pytest.mark.parametrize(
