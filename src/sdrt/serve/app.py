@@ -9,7 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.routing import Router
 
-from . import images_api, native
+from . import images_api, native, oip
 from .http import SOON_S, JSONAnswer, Shell
 from .openapi import Operation, document, routes
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
     from .models import Model
+    from .oip_infer import Inference
     from .schema import Schema
     from .service import Service
 
@@ -64,18 +65,26 @@ _MODELS: Schema = {
 }
 
 
-def application(service: Service, *, key: str | None, hosts: frozenset[str] | None) -> Shell:
+def application(service: Service, inference: Inference, *, key: str | None, hosts: frozenset[str] | None) -> Shell:
     """Put the server's HTTP side together.
 
     Parameters
     ----------
     service
         What answers.
+    inference
+        What answers in the Open Inference Protocol.
     key, hosts
         As `Shell`.
 
     """
-    served = [images_api.operation(service), *native.operations(service), *_models(service), *_health(service)]
+    served = [
+        images_api.operation(service),
+        *native.operations(service),
+        *oip.operations(inference),
+        *_models(service),
+        *_health(service),
+    ]
     description: dict[str, Any] = {}
 
     async def openapi(_: Request) -> Response:

@@ -18,6 +18,7 @@ from ..errors import DeviceMemoryError, InputError, SdrtError
 from .logs import log
 from .scheduler import DrainingError, QueueFullError
 from .schema import SchemaError, conform, read_json
+from .shared_memory import RegionMissingError, SharedMemoryOffError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Mapping
@@ -33,10 +34,14 @@ T = TypeVar("T")
 MOST_BYTES = 1 << 20
 """Of a body: a prompt of 32,000 characters takes at most 384,000 in JSON."""
 BODY_PATIENCE_S = 30.0
+INFERENCE = "/v2"
+"""Below this path there is the Open Inference Protocol."""
 SOON_S = 5
 """Retry-After while the server loads or ends."""
 _CLIENT_GONE = 499
 """For log and metrics alone, as nginx has it: there is nobody to send it to."""
+_OF_INPUT: Mapping[type[InputError], int] = {RegionMissingError: 404, SharedMemoryOffError: 403}
+"""Statuses for what is wrong with a request other than 400."""
 
 
 class RefusalError(Exception):
@@ -67,8 +72,10 @@ class RefusalError(Exception):
         self.status, self.kind, self.param, self.code = status, kind, param, code
         self.headers = headers or {}
 
-    def content(self) -> dict[str, Any]:
-        """Give the body."""
+    def content(self, path: str = "") -> dict[str, Any]:
+        """Give the body: in OpenAI's form, or where the Open Inference Protocol is spoken in that one's."""
+        if path == INFERENCE or path.startswith(f"{INFERENCE}/"):
+            return {"error": str(self)}
         return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
 
 
@@ -172,7 +179,7 @@ async def read_object(request: Request, schema: Schema, refused: Mapping[str, st
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise RefusalError(415, f"the content type is {kind[:60]!r}: expected application/json")
-    body = read_json(await _read_body(request))
+    body = read_json(await read_body(request))
     if isinstance(body, dict) and (name := next((name for name in refused if name in body), None)):
         message = f"{name} makes no sense here: {refused[name]}; leave it out"
         raise RefusalError(400, message, param=name, code="unsupported_parameter")
@@ -180,24 +187,33 @@ async def read_object(request: Request, schema: Schema, refused: Mapping[str, st
     return fields
 
 
-async def _read_body(request: Request) -> bytes:
+async def read_body(request: Request) -> bytes:
+    """Read a request's body.
+
+    Raises
+    ------
+    RefusalError
+        It is too large, or too slow in coming.
+
+    """
     declared = request.headers.get("content-length", "0")
     body = bytearray()
     # A number that is too long to be one is too large as well.
     if len(declared) > 15 or int(declared) > MOST_BYTES:
-        raise _too_large()
+        raise too_large()
     try:
         async with asyncio.timeout(BODY_PATIENCE_S):
             async for chunk in request.stream():
                 body += chunk
                 if len(body) > MOST_BYTES:
-                    raise _too_large()
+                    raise too_large()
     except TimeoutError:
         raise RefusalError(408, f"the body did not come within {BODY_PATIENCE_S:g} seconds: send it again") from None
     return bytes(body)
 
 
-def _too_large() -> RefusalError:
+def too_large() -> RefusalError:
+    """Refuse a body of more than `MOST_BYTES`."""
     return RefusalError(413, f"the body is too large: expected at most {MOST_BYTES} bytes")
 
 
@@ -209,7 +225,7 @@ def refusal_of(error: Exception) -> RefusalError:  # noqa: PLR0911 - one for eac
         case SchemaError():
             return RefusalError(400, str(error), param=error.where, code="unknown_parameter" if error.unknown else None)
         case InputError():
-            return RefusalError(400, str(error))
+            return RefusalError(_OF_INPUT.get(type(error), 400), str(error))
         case QueueFullError():
             headers = {"Retry-After": str(error.retry_after)}
             return RefusalError(429, str(error), kind="rate_limit_error", code="queue_full", headers=headers)
@@ -295,7 +311,8 @@ class Shell:
             refusal = told(error)
             if status:
                 raise
-            await JSONAnswer(refusal.content(), refusal.status, refusal.headers)(scope, receive, send_on)
+            content = refusal.content(scope["path"])
+            await JSONAnswer(content, refusal.status, refusal.headers)(scope, receive, send_on)
         finally:
             # An answer that stopped in the middle is one whose client went away.
             self._record(scope, status or _CLIENT_GONE, time.perf_counter() - began, number)
@@ -304,6 +321,11 @@ class Shell:
         headers = dict(scope["headers"])
         if self._hosts is not None and _host(headers.get(b"host", b"").decode("latin-1")) not in self._hosts:
             raise RefusalError(403, f"this server is not called so: expected one of {', '.join(sorted(self._hosts))}")
+        origin = headers.get(b"origin")
+        if self._hosts is not None and origin is not None:
+            page = _host(origin.decode("latin-1").partition("://")[2])
+            if page not in self._hosts:
+                raise RefusalError(403, "a page from elsewhere asks: expected one of this server")
         if self._key is None or scope["path"] in self._open_paths:
             return
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")

@@ -62,6 +62,15 @@ class Metrics:
             self._steps.append(time.monotonic())
             self._forget()
 
+    def phase_totals(self, model: str) -> dict[str, tuple[int, float]]:
+        """Give for each phase how many of a model's pictures have gone through it, and the seconds of all."""
+        totals: dict[str, list[float]] = {}
+        for sample in next(iter(self.phases.collect())).samples:
+            if sample.labels["model"] == model and sample.name.endswith(("_count", "_sum")):
+                total = totals.setdefault(sample.labels["phase"], [0, 0.0])
+                total[sample.name.endswith("_sum")] = sample.value
+        return {phase: (int(count), seconds) for phase, (count, seconds) in totals.items()}
+
     def _rate(self) -> float:
         with self._lock:
             self._forget()

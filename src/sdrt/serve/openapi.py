@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 from starlette.routing import Route
 
@@ -34,14 +34,17 @@ ERROR: Schema = {
     },
 }
 
+INFERENCE_ERROR: Schema = {"type": "object", "required": ["error"], "properties": {"error": {"type": "string"}}}
+_ERRORS = {"Error": ERROR, "InferenceError": INFERENCE_ERROR}
+
 _MEANINGS = {
     400: "The request makes no sense; `param` names the field where there is one.",
     401: "The key is missing or wrong.",
-    403: "The Host header is none of this server's.",
-    404: "There is no such model.",
+    403: "The Host or Origin header is none of this server's, or it does not share memory.",
+    404: "There is no such model, or nothing of that name.",
     408: "The body did not come in time.",
     413: "The body is too large.",
-    415: "The body is not JSON.",
+    415: "The body is not JSON, or in an encoding that is not known.",
     429: "The queue is full; Retry-After tells when to come back.",
     500: "The server failed.",
     503: "The server is loading or about to end, or out of memory.",
@@ -67,8 +70,16 @@ class Operation:
         For each status of success its description, and its schema by media type.
     body
         The schema of the request's JSON, if there is one.
+    optional_body
+        Whether the body may be left out.
+    binary
+        Whether the body may be ``application/octet-stream`` as well.
+    headers
+        Those of the request that mean something, each with its schema.
     errors
-        Statuses that are answered with `ERROR`.
+        Statuses that are answered with an error.
+    error
+        The schema of those, by its name: ``Error`` or ``InferenceError``.
     open
         Whether it is answered without a key.
 
@@ -81,7 +92,11 @@ class Operation:
     answer: Callable[[Request], Awaitable[Response]]
     replies: Mapping[int, tuple[str, Mapping[str, Schema]]]
     body: Schema | None = None
+    optional_body: bool = False
+    binary: bool = False
+    headers: Mapping[str, Schema] = field(default_factory=dict)
     errors: tuple[int, ...] = ()
+    error: Literal["Error", "InferenceError"] = "Error"
     open: bool = False
 
 
@@ -113,31 +128,41 @@ def document(operations: Sequence[Operation], *, key: bool, hosts: bool) -> dict
             "summary": each.summary,
             "responses": {
                 **{str(status): _reply(text, content) for status, (text, content) in each.replies.items()},
-                **{str(status): _error(status) for status in errors if status not in each.replies},
+                **{str(status): _error(status, each.error) for status in errors if status not in each.replies},
             },
         }
         if each.body is not None:
-            entry["requestBody"] = {"required": True, "content": {"application/json": {"schema": each.body}}}
-        if names := [part[1:-1] for part in each.path.split("/") if part.startswith("{")]:
-            entry["parameters"] = [
-                {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
-            ]
+            content = {"application/json": {"schema": each.body}}
+            if each.binary:
+                content["application/octet-stream"] = {"schema": {"type": "string", "format": "binary"}}
+            entry["requestBody"] = {"required": not each.optional_body, "content": content}
+        if parameters := _parameters(each):
+            entry["parameters"] = parameters
         if guarded:
             entry["security"] = [{"key": []}]
         paths.setdefault(each.path, {})[each.method.lower()] = entry
-    components: dict[str, Any] = {"schemas": {"Error": ERROR}}
+    components: dict[str, Any] = {"schemas": _ERRORS}
     if key:
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     info = {"title": "sdrt", "version": __version__, "description": "Pictures from prompts, with Stable Diffusion v1."}
     return {"openapi": "3.1.0", "info": info, "paths": paths, "components": components}
 
 
+def _parameters(operation: Operation) -> list[dict[str, Any]]:
+    names = [part[1:-1] for part in operation.path.split("/") if part.startswith("{")]
+    in_path = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names]
+    return in_path + [
+        {"name": name, "in": "header", "required": False, "schema": schema}
+        for name, schema in operation.headers.items()
+    ]
+
+
 def _reply(text: str, content: Mapping[str, Schema]) -> dict[str, Any]:
     return {"description": text, "content": {kind: {"schema": schema} for kind, schema in content.items()}}
 
 
-def _error(status: int) -> dict[str, Any]:
-    reply = _reply(_MEANINGS[status], {"application/json": {"$ref": "#/components/schemas/Error"}})
+def _error(status: int, schema: str) -> dict[str, Any]:
+    reply = _reply(_MEANINGS[status], {"application/json": {"$ref": f"#/components/schemas/{schema}"}})
     if status in _WITH_RETRY:
         reply["headers"] = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
     return reply

@@ -19,6 +19,7 @@ from ..runtime.pipeline import load
 from .address import listen_on_path, listen_on_port
 from .app import application
 from .logs import log, set_up
+from .oip_infer import Inference
 from .parent import watch
 from .service import Service
 
@@ -143,7 +144,8 @@ class _Life:
         self._ended = asyncio.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._stop)
-        app = application(self._service, key=settings.key, hosts=None if settings.key else self._listener.hosts)
+        hosts = None if settings.key else self._listener.hosts
+        app = application(self._service, Inference(self._service), key=settings.key, hosts=hosts)
         self._server = _Server(
             uvicorn.Config(
                 app,

@@ -10,9 +10,14 @@ import os
 import stat
 import threading
 import weakref
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
 
 from ..errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 MOST_REGIONS = 256
 """Each holds a descriptor, of which a process has a thousand or so."""
@@ -36,9 +41,33 @@ class SharedMemoryOffError(RegionError):
     """The server was not told to share memory."""
 
 
+class Region(ABC):
+    """Memory that clients refer to by a name.
+
+    Attributes
+    ----------
+    name
+        Under which it is registered.
+    byte_size
+        How large it is.
+
+    """
+
+    name: str
+    byte_size: int
+
+    @abstractmethod
+    def read(self, offset: int, byte_size: int) -> bytes:
+        """Give a copy of a part of it, which lies within it."""
+
+    @abstractmethod
+    def write(self, offset: int, content: bytes | memoryview) -> None:
+        """Put bytes into it; they fit."""
+
+
 @dataclass(frozen=True, eq=False)
-class Region:
-    """A part of a POSIX shared memory object that clients refer to by name; its descriptor is closed with it.
+class SystemRegion(Region):
+    """A part of a POSIX shared memory object; its descriptor is closed with it.
 
     Attributes
     ----------
@@ -61,6 +90,58 @@ class Region:
 
     def __post_init__(self) -> None:
         weakref.finalize(self, os.close, self.descriptor)
+
+    def read(self, offset: int, byte_size: int) -> bytes:
+        """Give a copy of a part of it, which lies within it.
+
+        Raises
+        ------
+        RegionError
+            The object was cut short.
+
+        """
+        begin = self._begin(offset, byte_size)
+        parts = bytearray()
+        while missing := byte_size - len(parts):
+            part = os.pread(self.descriptor, missing, begin + len(parts))
+            if not part:
+                raise self._cut_short(begin + byte_size)
+            parts += part
+        return bytes(parts)
+
+    def write(self, offset: int, content: bytes | memoryview) -> None:
+        """Put bytes into it; they fit.
+
+        Raises
+        ------
+        RegionError
+            The object was cut short, or there is no memory left for it.
+
+        """
+        rest = memoryview(content).cast("B")
+        begin = self._begin(offset, len(rest))
+        try:
+            while rest:
+                written = os.pwrite(self.descriptor, rest, begin)
+                begin += written
+                rest = rest[written:]
+        except OSError as error:
+            raise RegionError(
+                f"shared memory region {_show(self.name)} cannot be written ({error.strerror}): make another"
+            ) from None
+
+    def _begin(self, offset: int, byte_size: int) -> int:
+        """Give the place in the object, having made sure that all of it is still there."""
+        begin = self.offset + offset
+        if os.fstat(self.descriptor).st_size < begin + byte_size:
+            raise self._cut_short(begin + byte_size)
+        return begin
+
+    def _cut_short(self, end: int) -> RegionError:
+        return RegionError(
+            f"shared memory region {_show(self.name)} was cut short: expected {_show(self.key)} to have at least "
+            f"{end} bytes"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,17 +167,10 @@ class View:
         Raises
         ------
         RegionError
-            The object was cut short.
+            It is not there any more.
 
         """
-        self._check()
-        parts = bytearray()
-        while missing := self.byte_size - len(parts):
-            part = os.pread(self.region.descriptor, missing, self._begin + len(parts))
-            if not part:
-                raise self._cut_short()
-            parts += part
-        return bytes(parts)
+        return self.region.read(self.offset, self.byte_size)
 
     def write(self, content: bytes | memoryview) -> None:
         """Put bytes there, from this part's beginning on.
@@ -109,40 +183,19 @@ class View:
         Raises
         ------
         RegionError
-            There are more of them, the object was cut short, or there is no memory left for it.
+            There are more of them, the memory is not there any more, or there is none left.
 
         """
-        rest = memoryview(content).cast("B")
-        if len(rest) > self.byte_size:
+        size = memoryview(content).nbytes
+        if size > self.byte_size:
             raise RegionError(
-                f"{len(rest)} bytes do not fit into {self.byte_size} of shared memory region "
-                f"{_show(self.region.name)}: make it larger"
+                f"{size} bytes do not fit into {self.byte_size} of shared memory region {_show(self.region.name)}: "
+                "make it larger"
             )
-        self._check()
-        begin = self._begin
-        try:
-            while rest:
-                written = os.pwrite(self.region.descriptor, rest, begin)
-                begin += written
-                rest = rest[written:]
-        except OSError as error:
-            raise RegionError(
-                f"shared memory region {_show(self.region.name)} cannot be written ({error.strerror}): make another"
-            ) from None
+        self.region.write(self.offset, content)
 
-    @property
-    def _begin(self) -> int:
-        return self.region.offset + self.offset
 
-    def _check(self) -> None:
-        if os.fstat(self.region.descriptor).st_size < self._begin + self.byte_size:
-            raise self._cut_short()
-
-    def _cut_short(self) -> RegionError:
-        return RegionError(
-            f"shared memory region {_show(self.region.name)} was cut short: expected {_show(self.region.key)} to have "
-            f"at least {self._begin + self.byte_size} bytes"
-        )
+R = TypeVar("R", bound=Region)
 
 
 class Regions:
@@ -156,11 +209,23 @@ class Regions:
     """
 
     def __init__(self, *, allowed: bool) -> None:
-        self._allowed = allowed
+        self.allowed = allowed
         self._lock = threading.Lock()
         self._regions: dict[str, Region] = {}
 
-    def register(self, name: str, key: str, offset: int, byte_size: int) -> Region:
+    def check_allowed(self) -> None:
+        """Refuse to share memory unless the server was told to.
+
+        Raises
+        ------
+        SharedMemoryOffError
+            It was not.
+
+        """
+        if not self.allowed:
+            raise SharedMemoryOffError("memory is not shared: start sdrt serve with --allow-shared-memory")
+
+    def register(self, name: str, key: str, offset: int, byte_size: int) -> SystemRegion:
         """Register a part of a POSIX shared memory object.
 
         Parameters
@@ -183,19 +248,30 @@ class Regions:
             The server was not told to share memory.
 
         """
-        self._check_allowed()
+        return self.add(name, lambda: _region(name, key, offset, byte_size))
+
+    def add(self, name: str, make: Callable[[], R]) -> R:
+        """Register what is made under a name, which is free.
+
+        Raises
+        ------
+        RegionError
+            As `register`, and what `make` raises.
+
+        """
+        self.check_allowed()
         if not name:
             raise RegionError("the name of a shared memory region is empty: give it one")
         with self._lock:
             self._check_free(name)
-        region = _region(name, key, offset, byte_size)
+        region = make()
         with self._lock:
             self._check_free(name)
             self._regions[name] = region
         return region
 
-    def unregister(self, name: str | None) -> None:
-        """Forget a region, or all of them if `name` is None. One that is not registered is none that must be forgotten.
+    def unregister(self, name: str | None, kind: type[Region] = SystemRegion) -> None:
+        """Forget a region, or all of a kind if `name` is None. One that is not registered need not be forgotten.
 
         Raises
         ------
@@ -203,27 +279,31 @@ class Regions:
             The server was not told to share memory.
 
         """
-        self._check_allowed()
+        self.check_allowed()
         with self._lock:
-            if name is None:
-                self._regions.clear()
-            else:
-                self._regions.pop(name, None)
+            for each in [
+                each for each in self._regions.values() if isinstance(each, kind) and name in {None, each.name}
+            ]:
+                del self._regions[each.name]
 
-    def status(self, name: str | None = None) -> list[Region]:
-        """Give one region, or all of them if `name` is None.
+    def status(self, name: str | None = None, kind: type[R] = SystemRegion) -> list[R]:  # type: ignore[assignment]
+        """Give one region, or all of a kind if `name` is None.
 
         Raises
         ------
         RegionMissingError
-            There is none of that name.
+            There is none of that name and kind.
         SharedMemoryOffError
             The server was not told to share memory.
 
         """
-        self._check_allowed()
+        self.check_allowed()
         with self._lock:
-            return list(self._regions.values()) if name is None else [self._find(name)]
+            if name is not None and not isinstance(self._find(name), kind):
+                raise RegionMissingError(
+                    f"shared memory region {_show(name)} is of another kind: ask for that one's status"
+                )
+            return [each for each in self._regions.values() if isinstance(each, kind) and name in {None, each.name}]
 
     def view(self, name: str, offset: int, byte_size: int) -> View:
         """Give a part of a region, to be read or written.
@@ -245,7 +325,7 @@ class Regions:
             The server was not told to share memory.
 
         """
-        self._check_allowed()
+        self.check_allowed()
         with self._lock:
             region = self._find(name)
         if offset < 0 or byte_size < 0 or offset + byte_size > region.byte_size:
@@ -271,12 +351,8 @@ class Regions:
             The server was not told to share memory.
 
         """
-        self._check_allowed()
+        self.check_allowed()
         return View(_region(key, key, offset, byte_size), 0, byte_size)
-
-    def _check_allowed(self) -> None:
-        if not self._allowed:
-            raise SharedMemoryOffError("memory is not shared: start sdrt serve with --allow-shared-memory")
 
     def _check_free(self, name: str) -> None:
         if name in self._regions:
@@ -290,8 +366,8 @@ class Regions:
         return region
 
 
-def _region(name: str, key: str, offset: int, byte_size: int) -> Region:
-    region = Region(name, key, offset, byte_size, _open(key))
+def _region(name: str, key: str, offset: int, byte_size: int) -> SystemRegion:
+    region = SystemRegion(name, key, offset, byte_size, _open(key))
     size = os.fstat(region.descriptor).st_size
     if offset < 0 or byte_size < 1 or offset + byte_size > size:
         raise RegionError(
