@@ -97,7 +97,7 @@ class HostEngines:
         embedding = self._text.max_tokens, self._text.embedding_width
         return {
             work: self._session("unet" if work.whole else "unet_shallow").bind(
-                evaluation_shapes(request, work, embedding, self._feature_channels)
+                evaluation_shapes(request, work, embedding, self._feature_channels), in_pairs=work.guided
             )
             for work in dict.fromkeys(request.work)
         }

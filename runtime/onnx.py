@@ -87,7 +87,7 @@ class OnnxSession:
         except Exception as error:  # onnxruntime's classes share no other base
             raise BackendError(f"onnxruntime does not load {graph}: {first_line(error)}") from error
 
-    def bind(self, shapes: Mapping[str, tuple[int, ...]]) -> OnnxBinding:
+    def bind(self, shapes: Mapping[str, tuple[int, ...]], *, in_pairs: bool = False) -> OnnxBinding:  # noqa: ARG002
         """Make buffers for the inputs and for those outputs that `shapes` names, and bind them."""
         return OnnxBinding(self._session, self._component, shapes)
 

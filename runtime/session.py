@@ -37,8 +37,12 @@ class Binding(Protocol):
 class Session(Protocol):
     """A component of a bundle, loaded and ready to run. Sessions may be used by several threads at once."""
 
-    def bind(self, shapes: Mapping[str, tuple[int, ...]]) -> Binding:
-        """Make buffers for the inputs and for those outputs that `shapes` names, and bind them."""
+    def bind(self, shapes: Mapping[str, tuple[int, ...]], *, in_pairs: bool = False) -> Binding:
+        """Make buffers for the inputs and for those outputs that `shapes` names, and bind them.
+
+        With `in_pairs` the second half of the latents will always equal the first, as in guidance, and a session may
+        use that; what it computes is the same.
+        """
 
     def close(self) -> None:
         """Free what the session holds. It must not be used afterwards."""

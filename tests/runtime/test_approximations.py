@@ -52,8 +52,8 @@ class CountedSession:
     def __init__(self, name: str, session: Session, calls: Calls) -> None:
         self._name, self._session, self._calls = name, session, calls
 
-    def bind(self, shapes: Mapping[str, tuple[int, ...]]) -> CountedBinding:
-        return CountedBinding(self._name, self._session.bind(shapes), self._calls)
+    def bind(self, shapes: Mapping[str, tuple[int, ...]], *, in_pairs: bool = False) -> CountedBinding:
+        return CountedBinding(self._name, self._session.bind(shapes, in_pairs=in_pairs), self._calls)
 
     def close(self) -> None:
         self._session.close()

@@ -55,7 +55,7 @@ class Engine:
         self.most_rows = 100
         self.error_of_large = 0.0
 
-    def bind(self, shapes: Mapping[str, tuple[int, ...]]) -> EngineBinding:
+    def bind(self, shapes: Mapping[str, tuple[int, ...]], *, in_pairs: bool = False) -> EngineBinding:  # noqa: ARG002
         return EngineBinding(self, shapes)
 
     def close(self) -> None: ...

@@ -42,8 +42,8 @@ class _TimedSession:
     def __init__(self, session: Session, clock: EngineClock) -> None:
         self._session, self._clock = session, clock
 
-    def bind(self, shapes: Mapping[str, tuple[int, ...]]) -> Binding:
-        return _TimedBinding(self._session.bind(shapes), self._clock)
+    def bind(self, shapes: Mapping[str, tuple[int, ...]], *, in_pairs: bool = False) -> Binding:
+        return _TimedBinding(self._session.bind(shapes, in_pairs=in_pairs), self._clock)
 
     def close(self) -> None:
         self._session.close()

@@ -48,9 +48,9 @@ class SharedSession:
         self.joined = joined
         self.batched = frozenset(spec.name for spec in (*component.inputs, *component.outputs) if _is_batched(spec))
 
-    def bind(self, shapes: Mapping[str, tuple[int, ...]]) -> SharedBinding:
+    def bind(self, shapes: Mapping[str, tuple[int, ...]], *, in_pairs: bool = False) -> SharedBinding:
         """Make buffers for inputs and outputs, all of them named in `shapes`, and bind them."""
-        return SharedBinding(self, shapes)
+        return SharedBinding(self, shapes, in_pairs=in_pairs)
 
     def is_exact(self, shapes: Mapping[str, tuple[int, ...]], copies: int) -> bool:
         """Tell whether calls give to the last bit the same alone and as one, by trying it on random numbers.
@@ -89,10 +89,10 @@ class SharedSession:
 class SharedBinding:
     """Buffers for one loop, which are those of the session itself whenever a call is run alone."""
 
-    def __init__(self, shared: SharedSession, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(self, shared: SharedSession, shapes: Mapping[str, tuple[int, ...]], *, in_pairs: bool) -> None:
         self._shared = shared
         self._shapes = shapes
-        self._own = shared.session.bind(shapes)
+        self._own = shared.session.bind(shapes, in_pairs=in_pairs)
         self.inputs: Mapping[str, NDArray[Any]] = self._own.inputs
         self.outputs: Mapping[str, NDArray[Any]] = self._own.outputs
 
