@@ -169,7 +169,7 @@ def _checkpoint(bundle: Bundle, given: str | None) -> str | None:
     if source == demo.NAME:
         return source
     words = _words(bundle.manifest.command)
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words, ""][1:], strict=True):
         path = following if word == "--ckpt" else word.removeprefix("--ckpt=") if word.startswith("--ckpt=") else ""
         if path and Path(path).expanduser().exists():
             return path
