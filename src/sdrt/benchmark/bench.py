@@ -48,7 +48,7 @@ def bench(
     Returns
     -------
     dict
-        As `report.facts` says.
+        Which bundle it is, and what `report.facts` says.
 
     """
     peers = parse_peers(compare)
@@ -69,7 +69,9 @@ def bench(
     starts = measure_starts(settings, tell) if START in wanted else None
     records = compete(settings, peers, tell) if settings.parts else {}
     machine["load_average_after"] = load_average()
-    return facts(settings, records, starts, machine)
+    manifest = opened.manifest
+    bundle_facts = {"bundle": opened.name, "model": manifest.model.source, "precision": manifest.precision}
+    return bundle_facts | facts(settings, records, starts, machine)
 
 
 def _parse_only(only: str | None) -> tuple[str, ...]:

@@ -20,6 +20,9 @@ _OPERATORS: Final[Mapping[type[ast.operator], Callable[[int, int], int]]] = {
     ast.FloorDiv: operator.floordiv,
 }
 
+#: They change no shape, and those who put them into a graph write none down.
+_ROUNDING: Final = {"QuantizeLinear", "DequantizeLinear"}
+
 
 def graph_flops(graph: Path, sizes: Mapping[str, int]) -> int:
     """Count two operations for each multiplication and addition of MatMul, Gemm and Conv; all else is little.
@@ -47,10 +50,13 @@ def graph_flops(graph: Path, sizes: Mapping[str, int]) -> int:
     inner = onnx.load(graph, load_external_data=False).graph
     values = {value.name: value for value in (*inner.value_info, *inner.input, *inner.output)}
     constants = {constant.name: tuple(constant.dims) for constant in inner.initializer}
+    rounded = {node.output[0]: node.input[0] for node in inner.node if node.op_type in _ROUNDING}
 
     def shape(name: str) -> tuple[int, ...]:
         if name in constants:
             return constants[name]
+        if name in rounded and name not in values:
+            return shape(rounded[name])
         try:
             return tuple(_size(dim, sizes) for dim in values[name].type.tensor_type.shape.dim)
         except (KeyError, SyntaxError) as error:
