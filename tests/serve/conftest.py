@@ -32,6 +32,13 @@ def server(home: Path) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session")
+def inference_server(home: Path) -> Iterator[Server]:
+    """A server that answers gRPC as well, and shares memory."""
+    with serving(home, "--grpc-port", "0", "--allow-shared-memory") as running:
+        yield running.wait_until_ready()
+
+
+@pytest.fixture(scope="session")
 def pipe(home: Path) -> Iterator[sdrt.Pipeline]:
     """The same model in this process."""
     with sdrt.load(demo.bundle_folder(home), backend="onnxruntime") as pipeline:

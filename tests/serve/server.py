@@ -38,6 +38,8 @@ class Server:
         Its process.
     url
         ``http://127.0.0.1:PORT``, or ``unix:PATH``.
+    grpc
+        ``127.0.0.1:PORT`` with --grpc-port.
 
     """
 
@@ -46,9 +48,9 @@ class Server:
         self._errors = errors
         assert process.stdout is not None
         line = process.stdout.readline()
-        match = re.fullmatch(r"serving (\S+) on (\S+)\n", line)
+        match = re.fullmatch(r"serving (\S+) on (\S+?)(?:, gRPC on (\S+))?\n", line)
         assert match, line + self.errors()
-        self.url = match[2]
+        self.url, self.grpc = match[2], match[3]
 
     def errors(self) -> str:
         """What it has written to standard error so far."""

@@ -47,7 +47,7 @@ class Listener:
                 self._path.unlink()
 
 
-def listen_on_port(host: str, port: int, *, has_key: bool) -> Listener:
+def listen_on_port(host: str, port: int, *, has_key: bool, option: str = "--port") -> Listener:
     """Listen on a TCP port.
 
     Parameters
@@ -58,6 +58,8 @@ def listen_on_port(host: str, port: int, *, has_key: bool) -> Listener:
         0 for any that is free.
     has_key
         Whether clients need a key, without which none but this machine's own are let in.
+    option
+        What chooses another port.
 
     Raises
     ------
@@ -88,7 +90,7 @@ def listen_on_port(host: str, port: int, *, has_key: bool) -> Listener:
     except OSError as error:
         listening.close()
         if error.errno == errno.EADDRINUSE:
-            raise SdrtError(f"port {port} of {host} is taken: choose another with --port") from None
+            raise SdrtError(f"port {port} of {host} is taken: choose another with {option}") from None
         raise SdrtError(f"{host} port {port} cannot be listened on ({error.strerror}): choose another") from None
     listening.setblocking(False)
     number = listening.getsockname()[1]

@@ -45,6 +45,9 @@ def _largest(_ctx: click.Context, _param: click.Parameter, given: str | None) ->
     help="The address to listen on; one that other machines reach takes a key in SDRT_API_KEY.",
 )
 @click.option("--port", type=click.IntRange(0, 65535), default=7860, show_default=True, help="0 for any that is free.")
+@click.option(
+    "--grpc-port", type=click.IntRange(0, 65535), help="Answer gRPC on this port as well; 0 for any. [default: off]"
+)
 @click.option("--uds", type=click.Path(path_type=Path), help="Listen on a Unix socket at this path, not on a port.")
 @click.option("--parent", type=click.IntRange(1), metavar="PID", help="End at once when this process ends.")
 @click.option(
@@ -62,22 +65,25 @@ def _largest(_ctx: click.Context, _param: click.Parameter, given: str | None) ->
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @click.pass_context
 def serve(context: click.Context, /, *, bundles: tuple[str, ...], at_once: int, queue: int, **options: Any) -> None:
-    """Serve pictures over HTTP, as OpenAI's Images API has it.
+    """Serve pictures as OpenAI's Images API and the Open Inference Protocol of KServe and Triton have it.
 
     Clients send the key in SDRT_API_KEY, if it is set, as Authorization: Bearer. SIGTERM and Ctrl-C let the server
     answer what it has accepted and then end; a second one ends it at once.
     """
-    named = [name for name in ("host", "port") if _is_given(context, name)]
+    named = [name for name in ("host", "port", "grpc_port") if _is_given(context, name)]
     if options["uds"] is not None and named:
-        raise InputError(f"--uds and --{named[0]} exclude each other: give one")
+        raise InputError(f"--uds and --{named[0].replace('_', '-')} exclude each other: give one")
     key = os.environ.get("SDRT_API_KEY") or None
     if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
         raise InputError("SDRT_API_KEY holds what no HTTP header can: expected ASCII without spaces")
     try:
         from .server import Settings  # noqa: PLC0415 - heavy, and an extra
         from .server import serve as serve_until_told  # noqa: PLC0415
+
+        if options["grpc_port"] is not None:
+            from . import grpc_service  # noqa: F401, PLC0415 - what is missing is told before anything is loaded
     except ModuleNotFoundError as error:
-        if error.name in {"starlette", "uvicorn", "prometheus_client"}:
+        if error.name in {"starlette", "uvicorn", "prometheus_client", "grpc", "google"}:
             raise MissingDependencyError(error.name, "sdrt serve", "serve") from None
         raise
     from ..generate import fallback  # noqa: PLC0415

@@ -33,6 +33,16 @@ class Metrics:
             buckets=_SECONDS,
             registry=self.registry,
         )
+        self.grpc_requests = Counter(
+            "sdrt_grpc_requests", "Answers over gRPC by method and code.", ["method", "code"], registry=self.registry
+        )
+        self.grpc_seconds = Histogram(
+            "sdrt_grpc_seconds",
+            "From a call's beginning to the end of its answer.",
+            ["method"],
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
         self.phases = Histogram(
             "sdrt_phase_seconds",
             "Of one picture: queue, waiting for a place; prepare, up to its first step; denoise, the steps with the "

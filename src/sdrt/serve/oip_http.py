@@ -217,10 +217,10 @@ def _write(asked: InferenceRequest, tensors: Sequence[OutputTensor], encoding: s
 
 
 def _preferred(accepted: str) -> str | None:
-    """Choose from an Accept-Encoding header: gzip rather than deflate, as Triton does; None for neither."""
-    liked = set()
+    """Choose from an Accept-Encoding header: the first that is known, as Triton does; None if none is."""
     for part in accepted.lower().split(","):
         name, _, weight = part.partition(";")
-        if weight.strip().partition("q=")[2].strip(" 0.") or "q=" not in weight:
-            liked.add(name.strip())
-    return next((encoding for encoding in _ENCODINGS if encoding in liked), None)
+        refused = "q=" in weight and not weight.partition("q=")[2].strip(" 0.")
+        if name.strip() in _ENCODINGS and not refused:
+            return name.strip()
+    return None

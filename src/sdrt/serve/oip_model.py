@@ -100,6 +100,7 @@ def configuration(model: Model) -> dict[str, Any]:
         "name": model.name,
         "platform": PLATFORM,
         "backend": PLATFORM,
+        "runtime": "",
         "version_policy": {"latest": {"num_versions": 1}},
         "max_batch_size": 0,
         "input": [
@@ -120,7 +121,13 @@ def configuration(model: Model) -> dict[str, Any]:
 
 def _configured(tensor: TensorMetadata) -> dict[str, Any]:
     kind = "STRING" if tensor.datatype == "BYTES" else tensor.datatype
-    return {"name": tensor.name, "data_type": f"TYPE_{kind}", "dims": list(tensor.shape), "is_shape_tensor": False}
+    return {
+        "name": tensor.name,
+        "data_type": f"TYPE_{kind}",
+        "dims": list(tensor.shape),
+        "is_shape_tensor": False,
+        "is_non_linear_format_io": False,
+    }
 
 
 def make_all(service: Service, model: Model, tensors: Sequence[InputTensor]) -> list[Request]:

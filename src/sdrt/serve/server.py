@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from ..runtime.pipeline import Pipeline
     from .address import Listener
+    from .grpc_service import GrpcService
 
 _SLOW_READERS_S = 10
 _HURRIED = 1
@@ -46,6 +47,8 @@ class Settings:
         What runs ONNX bundles.
     host, port
         Where to listen; not looked at if there is `uds`.
+    grpc_port
+        Of gRPC on the same host; None for none.
     uds
         Path of a Unix socket.
     parent
@@ -67,6 +70,7 @@ class Settings:
     backend: str
     host: str
     port: int
+    grpc_port: int | None
     uds: Path | None
     parent: int | None
     key: str | None
@@ -127,6 +131,7 @@ class _Life:
         self._listener = listener
         self._say = say
         self._failure: Exception | None = None
+        self._grpc: GrpcService | None = None
 
     async def run(self, pipelines: list[Pipeline]) -> None:
         """Answer until a signal comes, and then what was accepted until then."""
@@ -145,7 +150,8 @@ class _Life:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._stop)
         hosts = None if settings.key else self._listener.hosts
-        app = application(self._service, Inference(self._service), key=settings.key, hosts=hosts)
+        inference = Inference(self._service)
+        app = application(self._service, inference, key=settings.key, hosts=hosts)
         self._server = _Server(
             uvicorn.Config(
                 app,
@@ -159,11 +165,17 @@ class _Life:
                 timeout_graceful_shutdown=_SLOW_READERS_S,
             )
         )
+        url = self._listener.url
+        if settings.grpc_port is not None:
+            from .grpc_service import GrpcService  # noqa: PLC0415 - for those who ask for it
+
+            self._grpc = GrpcService(inference, settings.key)
+            url += f", gRPC on {await self._grpc.start(settings.host, settings.grpc_port)}"
         loader = threading.Thread(target=self._load, args=(loop,), daemon=True, name="loader")
         loader.start()
         ending = asyncio.ensure_future(self._end())
         names = ", ".join(model.name for model in self._service.models)
-        self._say(f"serving {names} on {self._listener.url}")
+        self._say(f"serving {names} on {url}")
         await self._server.serve([self._listener.socket])
         ending.cancel()
         if loader.is_alive():
@@ -194,6 +206,8 @@ class _Life:
     async def _end(self) -> None:
         await self._ended.wait()
         await asyncio.to_thread(self._service.scheduler.drain)
+        if self._grpc is not None:
+            await self._grpc.stop(_SLOW_READERS_S)
         # uvicorn waits for the answers that are being sent.
         self._server.should_exit = True
 
