@@ -86,7 +86,7 @@ def test_wheel_holds_the_package_alone_and_no_links(distributions: Distributions
     assert expected_modules() <= names
     assert {"sdrt/py.typed", "sdrt/export/vocabulary/merges.txt.gz", "sdrt/export/vocabulary/LICENSE"} <= names
     assert {name.split("/")[0] for name in names} == {"sdrt", f"sdrt-{__version__}.dist-info"}
-    assert {"sdrt/engines/README.md", "sdrt/engines/demo.tar.xz"} <= names
+    assert {"sdrt/engines/README.md", "sdrt/engines/demo.tar.xz", "sdrt/serve/page.html"} <= names
     assert not any(name.endswith(".safetensors") for name in names), "the demo's checkpoint is in the archive"
     assert distributions.wheel.stat().st_size <= WHEEL_LIMIT
     assert f"Version: {__version__}" in metadata

@@ -9,7 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.routing import Router
 
-from . import images_api, native, oip
+from . import images_api, native, oip, page
 from .http import SOON_S, JSONAnswer, Shell
 from .openapi import Operation, document, routes
 
@@ -79,6 +79,7 @@ def application(service: Service, inference: Inference, *, key: str | None, host
 
     """
     served = [
+        page.operation(),
         images_api.operation(service),
         *native.operations(service),
         *oip.operations(inference),
