@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 import numpy as np
 
@@ -43,7 +43,7 @@ class _TimedSession:
         self._session, self._clock = session, clock
 
     def bind(self, shapes: Mapping[str, tuple[int, ...]], *, in_pairs: bool = False) -> Binding:
-        return _TimedBinding(self._session.bind(shapes, in_pairs=in_pairs), self._clock)
+        return cast("Binding", _TimedBinding(self._session.bind(shapes, in_pairs=in_pairs), self._clock))
 
     def close(self) -> None:
         self._session.close()
@@ -58,7 +58,10 @@ class _TimedSession:
 class _TimedBinding:
     def __init__(self, binding: Binding, clock: EngineClock) -> None:
         self._binding, self._clock = binding, clock
-        self.inputs, self.outputs = binding.inputs, binding.outputs
+
+    def __getattr__(self, name: str) -> Any:
+        """Leave to the binding all but what is timed."""
+        return getattr(self._binding, name)
 
     def run(self) -> None:
         began = time.perf_counter()
