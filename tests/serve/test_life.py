@@ -67,6 +67,18 @@ def test_work_stops_within_a_step_of_its_client(narrow: Server, stream: bool) ->
     assert narrow.figure("sdrt_queue_depth") == 0
 
 
+def test_a_client_that_leaves_in_the_middle_of_its_request(narrow: Server) -> None:
+    def gone() -> float:
+        return narrow.figure('sdrt_http_requests_total{method="POST",route="/v1/images/generations",status="499"}')
+
+    before = gone()
+    with socket.create_connection(("127.0.0.1", int(narrow.url.rpartition(":")[2]))) as client:
+        head = "POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        client.sendall(f'{head}Content-Length: 100\r\n\r\n{{"prompt": "a st'.encode())
+    until("it is counted as one that went away", lambda: gone() == before + 1)
+    assert "Traceback" not in narrow.errors()
+
+
 def test_a_full_queue_says_when_to_come_back(narrow: Server) -> None:
     with asking(narrow, **ENDLESS):
         until("the first one runs", lambda: running(narrow) == 1)
@@ -131,6 +143,14 @@ def test_sigterm_lets_it_answer_what_it_has_accepted(home: Path) -> None:
         assert server.process.wait(30) == 0
     with pytest.raises(OSError):
         server.get("/healthz")
+
+
+def test_sigterm_while_models_are_loaded(home: Path) -> None:
+    with serving(home) as server:
+        assert server.get("/readyz")[0] == 503
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(30) == 0
+        assert "Traceback" not in server.errors()
 
 
 def test_a_second_signal_does_not_wait(home: Path) -> None:

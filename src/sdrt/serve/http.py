@@ -12,6 +12,7 @@ from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from ..errors import DeviceMemoryError, InputError, SdrtError
@@ -242,9 +243,9 @@ def refusal_of(error: Exception) -> RefusalError:  # noqa: PLR0911 - one for eac
 
 
 def told(error: Exception) -> RefusalError:
-    """Say what went wrong, and log it if it is the server's own fault."""
+    """Say what went wrong, and log it if it is the server's own fault: not that it is to be asked again later."""
     refusal = refusal_of(error)
-    if refusal.status >= 500:
+    if refusal.status >= 500 and "Retry-After" not in refusal.headers:
         log.error("%s", refusal, exc_info=None if isinstance(error, SdrtError | RefusalError) else error)
     return refusal
 
@@ -305,7 +306,7 @@ class Shell:
         try:
             self._admit(scope)
             await self._app(scope, receive, send_on)
-        except ClientGoneError:
+        except (ClientGoneError, ClientDisconnect):
             status = _CLIENT_GONE
         except Exception as error:
             refusal = told(error)
