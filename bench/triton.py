@@ -1,4 +1,4 @@
-"""Ask a real Triton Inference Server what `bench.oip_calls` asks, keep its answers, and compare another server's.
+"""Ask a real Triton Inference Server what `bench.oip_answers` asks, keep its answers, and compare another server's.
 
     python -m bench.triton --python PYTHON          # the interpreter of an environment with nvidia-pytriton in it
     python -m bench.triton --http 127.0.0.1:7860 --grpc 127.0.0.1:8001
@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdrt.serve.oip_model import INPUTS, OUTPUTS
 
-from .oip_calls import answers
+from .oip_answers import answers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

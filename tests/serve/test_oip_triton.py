@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from bench.oip_calls import answers
+from bench.oip_answers import answers
 
 if TYPE_CHECKING:
     from .server import Server
