@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 import shlex
 import subprocess
@@ -13,6 +14,8 @@ from PIL import Image
 
 from sdrt.cli import main
 
+from .server import serving, until
+
 if TYPE_CHECKING:
     import pytest
 
@@ -20,11 +23,25 @@ if TYPE_CHECKING:
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 SECTION = README.partition("\n## As a server\n")[2].partition("\n## ")[0]
-SNIPPETS = re.findall(r"^```(\w+)\n(.*?)^```$", SECTION, re.DOTALL | re.MULTILINE)
+SNIPPET = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+SNIPPETS = SNIPPET.findall(SECTION)
+PROSE = SNIPPET.sub("", SECTION)
 
 
 def test_the_section_is_found() -> None:
-    assert [language for language, _ in SNIPPETS] == ["sh", "python", "sh"]
+    assert [language for language, _ in SNIPPETS] == ["sh", "python", "sh", "sh"]
+
+
+def test_what_it_links_to_is_there() -> None:
+    """Files and headings, of the whole page."""
+    headings = re.findall(r"^#+ (.*)$", README, re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    links = {link for link in re.findall(r"\]\(([^)\s]+)\)", README) if "://" not in link}
+    assert {link for link in links if link.startswith("#") and link[1:] not in anchors} == set()
+    root = Path(__file__).parents[2]
+    assert {
+        link for link in links if not link.startswith("#") and not (root / link.partition("#")[0]).exists()
+    } == set()
 
 
 def test_the_server_is_started_with_options_that_it_has(capsys: pytest.CaptureFixture[str]) -> None:
@@ -34,7 +51,7 @@ def test_the_server_is_started_with_options_that_it_has(capsys: pytest.CaptureFi
     assert program == "sdrt"
     assert main([*arguments, "--help"]) == 0
     known = capsys.readouterr().out
-    for option in set(re.findall(r"--[a-z-]+", SECTION)) - {"--help"}:
+    for option in set(re.findall(r"--[a-z-]+", PROSE)):
         assert option in known
 
 
@@ -61,3 +78,28 @@ def test_the_shell_snippet(server: Server, tmp_path: Path) -> None:
     assert '"status":"ready"' in printed
     assert "sdrt_queue_depth" in printed
     assert '"openapi":"3.1.0"' in printed
+
+
+def test_the_shell_snippet_about_a_unix_socket(server: Server, home: Path, tmp_path: Path) -> None:
+    (start,) = re.findall(r"`(sdrt serve [^`]* --uds sdrt\.sock)`", PROSE)
+    assert start == "sdrt serve --bundle demo --uds sdrt.sock"
+    path = tmp_path / "sdrt.sock"
+    with serving(home, "--uds", str(path)) as local:
+        assert local.url == f"unix:{path}"
+        ready = [
+            "curl",
+            "-s",
+            "--unix-socket",
+            str(path),
+            "-o",
+            "/dev/null",
+            "-w",
+            "%{http_code}",
+            "http://localhost/readyz",
+        ]
+        until("it is ready", lambda: run(ready, tmp_path) == "200")
+        run(["sh", "-ec", SNIPPETS[3][1]], tmp_path)
+    settings = {"num_inference_steps": 20, "seed": 42}
+    answer = server.client().images.generate(prompt="a yellow cross on black", extra_body=settings)
+    assert answer.data
+    assert (tmp_path / "cross.png").read_bytes() == base64.b64decode(answer.data[0].b64_json or "")
