@@ -10,10 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from .bundle import merged_name, onnx_name
 from .prune import prune
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     import onnx
 
@@ -73,6 +75,26 @@ def merge_attention(model: onnx.ModelProto) -> int:
     prune(graph, [replaced.get(node.output[0], node) for node in graph.node])
     model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
     return len(merged)
+
+
+def write_merged(folder: Path, component: str) -> list[str]:
+    """Write a component's graph with attention as one node, if it has any, and name all graphs that share its weights.
+
+    Parameters
+    ----------
+    folder
+        Where its graph is, and the other shall be.
+    component
+        The component's name.
+
+    """
+    import onnx  # noqa: PLC0415 - only a build rewrites graphs
+
+    model = onnx.load(folder / onnx_name(component), load_external_data=False)
+    if not merge_attention(model):
+        return [onnx_name(component)]
+    onnx.save(model, folder / merged_name(component))
+    return [onnx_name(component), merged_name(component)]
 
 
 def _readers(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:

@@ -248,6 +248,11 @@ def _check_source(source: Bundle, *, allow_fp32: bool) -> None:
             f"{source.folder} holds {manifest.backend.name} engines, expected ONNX graphs to build engines of: "
             "give the bundle that it was built from"
         )
+    if manifest.precision == "int8":
+        raise InputError(
+            f"{source.folder} holds int8 graphs, which are for CPUs, expected fp16 ones to build engines of: give the "
+            "fp16 bundle of the model, or build it with sdrt build --ckpt CKPT --backend onnx --precision fp16"
+        )
     if manifest.precision == "fp32" and not allow_fp32:
         raise InputError(
             f"{source.folder} holds fp32 graphs, of which engines would be slow and large: build an fp16 bundle with "

@@ -28,7 +28,8 @@ DEEP_FEATURES = "deep_features"
 SHARED_WEIGHTS = MappingProxyType({"unet_shallow": "unet"})
 
 Kind = Literal["onnx", "engine"]
-Precision = Literal["fp32", "fp16"]
+TracedPrecision = Literal["fp32", "fp16"]
+Precision = Literal[TracedPrecision, "int8"]
 Metric = Literal["max_abs", "relative_l2", "psnr"]
 Scalar = str | int | float | bool | None
 

@@ -118,7 +118,7 @@ def resolve(spec: str | os.PathLike[str] | None = None, *, obstacle: Obstacle | 
         a name, and where the store has none of that name, a folder in the working directory; ``demo`` is always there,
         since it comes with sdrt. ``None`` takes the newest bundle in the store that this machine can run; should that
         be fp16 graphs, such as a build of engines leaves behind, and there is no GPU, then the fp32 graphs of the same
-        model, if the store has them.
+        model, if the store has them. int8 graphs, which make other pictures, are taken only if there is nothing else.
     obstacle
         Tells why this machine cannot run a bundle, or ``None`` if it can. It matters where ``spec`` is ``None`` alone:
         what was asked for by name is opened.
@@ -174,6 +174,7 @@ def _is_path(text: str) -> bool:
 def _newest(obstacle: Obstacle | None) -> Bundle:
     listings = list_bundles()
     whole = [listing.bundle for listing in listings if listing.bundle is not None]
+    whole.sort(key=lambda bundle: bundle.manifest.precision == "int8")
     reasons = []
     for index, bundle in enumerate(whole):
         reason = obstacle(bundle) if obstacle is not None else None

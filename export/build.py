@@ -14,19 +14,18 @@ import torch
 
 from .._version import __version__
 from ..engines import store
-from ..engines.attention import merge_attention
+from ..engines.attention import write_merged
 from ..engines.bundle import (
     MANIFEST,
     TOKENIZER,
     Bundle,
     hash_file,
-    merged_name,
     onnx_data_name,
     onnx_name,
     write_manifest,
 )
 from ..engines.devices import nvidia_gpus
-from ..engines.manifest import Backend, Component, Latent, Manifest, Model, Precision, Text, utc_now
+from ..engines.manifest import Backend, Component, Latent, Manifest, Model, Text, TracedPrecision, utc_now
 from ..engines.publish import publishing
 from ..engines.shallow import outer_blocks
 from ..errors import BundleExistsError, InputError
@@ -49,7 +48,7 @@ if TYPE_CHECKING:
 Report = Callable[[str, int, int], None]
 """Told what is being done, how many bytes of it are done, and of how many."""
 
-_DTYPES: Mapping[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
+_DTYPES: Mapping[TracedPrecision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
 _TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
 # Sides above the least that the tracer can tell from a constant, and all different from each other and the channels.
 _TRACED = {"batch": 2, "height": 24, "width": 20}
@@ -57,7 +56,7 @@ _TRACED = {"batch": 2, "height": 24, "width": 20}
 _OVERHEAD = 16 * 2**20
 
 
-def auto_precision() -> Precision:
+def auto_precision() -> TracedPrecision:
     """Choose fp16 where an NVIDIA GPU will run the bundle, and fp32 where a CPU will, which has no fp16 kernels."""
     return "fp16" if nvidia_gpus() else "fp32"
 
@@ -65,7 +64,7 @@ def auto_precision() -> Precision:
 @dataclass(frozen=True)
 class _Options:
     title: str
-    precision: Precision
+    precision: TracedPrecision
     ema: bool
     clip_skip: int
     command: str
@@ -92,7 +91,7 @@ def build(
     *,
     output: Path | None = None,
     name: str | None = None,
-    precision: Precision | Literal["auto"] = "auto",
+    precision: TracedPrecision | Literal["auto"] = "auto",
     ema: bool = False,
     clip_skip: int = 0,
     force: bool = False,
@@ -144,7 +143,7 @@ def build(
     checkpoint = read_checkpoint(ckpt, ema=ema, progress=report)
     layers = int(checkpoint.text_encoder.config["num_hidden_layers"])
     check_clip_skip(clip_skip, layers)
-    chosen: Precision = auto_precision() if precision == "auto" else precision
+    chosen: TracedPrecision = auto_precision() if precision == "auto" else precision
     target = output if output is not None else store.place(title)
     itemsize = _DTYPES[chosen].itemsize
     sizes = {part: itemsize * _parameters(checkpoint, part) for part in ("text_encoder", "unet", "vae")}
@@ -187,7 +186,7 @@ class _Job:
 
 
 def _components(
-    checkpoint: Checkpoint, folder: Path, precision: Precision, progress: _Progress, sizes: Mapping[str, int]
+    checkpoint: Checkpoint, folder: Path, precision: TracedPrecision, progress: _Progress, sizes: Mapping[str, int]
 ) -> tuple[Component, ...]:
     """Trace one network after the other, so that no two of them are in memory at once."""
     dtype = _DTYPES[precision]
@@ -240,7 +239,9 @@ def _described(checkpoint: Checkpoint) -> dict[str, Signature]:
     )
 
 
-def _component(job: _Job, signature: Signature, folder: Path, precision: Precision, progress: _Progress) -> Component:
+def _component(
+    job: _Job, signature: Signature, folder: Path, precision: TracedPrecision, progress: _Progress
+) -> Component:
     graph, data = onnx_name(job.name), onnx_data_name(job.name)
     progress.stage(f"{job.title}: running the original")
     cases = job.cases()
@@ -251,7 +252,7 @@ def _component(job: _Job, signature: Signature, folder: Path, precision: Precisi
     del module
     gc.collect()
     progress.advance(f"{job.title}: comparing with the original", job.size)
-    graphs = _graphs(folder, job.name)
+    graphs = write_merged(folder, job.name)
     measured = parity.measure(job.title, [folder / name for name in graphs], signature, cases, precision)
     progress.advance(f"{job.title}: hashing", job.size)
     hashed = 0
@@ -267,26 +268,17 @@ def _component(job: _Job, signature: Signature, folder: Path, precision: Precisi
     return Component(job.name, precision, files, signature.inputs, signature.outputs, measured)
 
 
-def _shallow(folder: Path, signature: Signature, cases: list[Case], precision: Precision) -> Component:
+def _shallow(folder: Path, signature: Signature, cases: list[Case], precision: TracedPrecision) -> Component:
     """Make the U-Net's outermost blocks out of its graph, whose weights they read where they are."""
     name = "unet_shallow"
     unet = onnx.load(folder / onnx_name("unet"), load_external_data=False)
     onnx.save(outer_blocks(unet), folder / onnx_name(name))
-    graphs = _graphs(folder, name)
+    graphs = write_merged(folder, name)
     measured = parity.measure(
         "shallow U-Net", [folder / graph for graph in graphs], signature, parity.shallow_cases(cases), precision
     )
     files = tuple(hash_file(folder, graph) for graph in graphs)
     return Component(name, precision, files, signature.inputs, signature.outputs, measured)
-
-
-def _graphs(folder: Path, component: str) -> list[str]:
-    """Write the graph with attention as one node, if it has any, and name all graphs that share the weights."""
-    model = onnx.load(folder / onnx_name(component), load_external_data=False)
-    if not merge_attention(model):
-        return [onnx_name(component)]
-    onnx.save(model, folder / merged_name(component))
-    return [onnx_name(component), merged_name(component)]
 
 
 def _manifest(checkpoint: Checkpoint, folder: Path, components: tuple[Component, ...], options: _Options) -> Manifest:

@@ -10,7 +10,8 @@ import numpy as np
 import onnxruntime
 import torch
 
-from ..engines.manifest import Parity, Precision
+from ..engines.deviation import deviation
+from ..engines.manifest import Parity, TracedPrecision
 from ..errors import ExportError
 from .modules import load_model
 from .trace import examples
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from .checkpoint import Checkpoint
     from .trace import Signature
 
-THRESHOLDS: Mapping[Precision, float] = {"fp32": 1e-4, "fp16": 2e-2}
+THRESHOLDS: Mapping[TracedPrecision, float] = {"fp32": 1e-4, "fp16": 2e-2}
 """The largest relative L2 error that a graph may have in each precision.
 
 float32 differs by the order of summation alone, 1e-6 or so; in float16 each layer rounds to 11 bits, which adds up to a
@@ -134,7 +135,7 @@ def _draw(signature: Signature, sizes: dict[str, int]) -> tuple[Tensor, ...]:
 
 
 def measure(
-    component: str, graphs: Sequence[Path], signature: Signature, cases: list[Case], precision: Precision
+    component: str, graphs: Sequence[Path], signature: Signature, cases: list[Case], precision: TracedPrecision
 ) -> Parity:
     """Run a component's graphs in onnxruntime on the CPU and compare.
 
@@ -176,7 +177,7 @@ def measure(
         for case in cases:
             feeds = {spec.name: value.numpy() for spec, value in zip(signature.inputs, case.inputs, strict=True)}
             for found, expected in zip(session.run(None, feeds), case.outputs, strict=True):
-                worst = _worse(worst, *_errors(found, expected.numpy()))
+                worst = _worse(worst, *deviation(found, expected.numpy()))
         del session
     if not worst.relative_l2 <= worst.threshold:
         raise ExportError(
@@ -185,16 +186,6 @@ def measure(
             + ("build with --precision fp32" if precision == "fp16" else "check the versions of torch and onnxruntime")
         )
     return worst
-
-
-def _errors(found: np.ndarray, expected: np.ndarray) -> tuple[float, float, float]:
-    """Give the largest absolute error, the relative L2 error and the PSNR in dB; NaN where the output has one."""
-    difference = found.astype(np.float64) - expected
-    square = float(np.mean(difference**2))
-    peak = float(np.ptp(expected))
-    relative = math.sqrt(square / float(np.mean(expected.astype(np.float64) ** 2)))
-    psnr = 10 * math.log10(peak**2 / square) if square else math.inf
-    return float(np.abs(difference).max()), relative, psnr
 
 
 def _worse(parity: Parity, max_abs: float, relative_l2: float, psnr: float) -> Parity:

@@ -18,7 +18,7 @@ from sdrt.engines.lock import locked
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from sdrt.engines.manifest import Precision
+    from sdrt.engines.manifest import TracedPrecision
 
 
 @pytest.fixture(scope="session")
@@ -59,7 +59,7 @@ def tiny_checkpoint(workshop: Path) -> Path:
     return make_once(workshop / "tiny", lambda place: write_checkpoint(place, "diffusers", "tiny", seed=0))
 
 
-def build_once(checkpoint: Path, output: Path, precision: Precision) -> Path:
+def build_once(checkpoint: Path, output: Path, precision: TracedPrecision) -> Path:
     def build_it(place: Path) -> None:
         from sdrt.export.build import build
 

@@ -1,4 +1,4 @@
-"""`sdrt build`: a checkpoint to ONNX graphs, ONNX graphs to engines, or both with one command."""
+"""`sdrt build`: a checkpoint to ONNX graphs, ONNX graphs to engines or to int8 ones, or both with one command."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from .engines.bundle import MANIFEST
 from .engines.devices import nvidia_gpus
 from .engines.profiles import check_sizes
 from .engines.publish import refuse_existing, scratch
+from .engines.quantize import check_installed, check_source, quantize_bundle
+from .engines.quantize import default_name as int8_name
 from .engines.tensorrt import MODULES, Options
 from .errors import BundleExistsError, InputError, MissingDependencyError
 
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
     from .engines.build import Report
     from .engines.bundle import Bundle
-    from .engines.manifest import Precision
+    from .engines.manifest import Precision, TracedPrecision
     from .engines.tensorrt import BackendName
 
 _EXPORT = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "safetensors", "huggingface_hub", "onnxruntime")
@@ -33,13 +35,15 @@ class Order:
     Attributes
     ----------
     ckpt, source
-        The checkpoint, or the ONNX bundle to build engines of by its name or path: one of them.
+        The checkpoint, or the ONNX bundle to build engines or int8 graphs of by its name or path: one of them.
     backend
         ``onnx`` for graphs alone; None to choose for this machine.
     output, name, force
         Of the bundle that is asked for.
     precision, ema, clip_skip
-        As `.export.build.build`; None for its default.
+        As `.export.build.build`, or ``int8``; None for its default.
+    calibration_prompts
+        The file of prompts for int8; None for sdrt's own.
     targets, sizes, images, dynamic, options
         As `.engines.build.build_engines`; empty for its default.
     command
@@ -56,6 +60,7 @@ class Order:
     precision: Precision | Literal["auto"] = "auto"
     ema: bool = False
     clip_skip: int | None = None
+    calibration_prompts: Path | None = None
     targets: tuple[str, ...] = ()
     sizes: tuple[tuple[int, int], ...] = ()
     images: tuple[int, ...] = ()
@@ -117,20 +122,13 @@ def decide(order: Order) -> Decision:
     InputError
         Options contradict each other, or a target is not known.
     MissingDependencyError
-        It asks for engines, and no backend is installed that builds them.
+        It asks for int8, or for engines, and nothing is installed that makes them.
 
     """
-    if order.source is not None and order.graph_options:
-        raise InputError(
-            f"{order.graph_options[0]} is decided when graphs are made of a checkpoint: give it with --ckpt"
-        )
-    if order.backend == "onnx" and order.source is not None:
-        raise InputError("--from builds engines: give --backend tensorrt-rtx or tensorrt with it, not onnx")
-    if order.backend == "onnx" and order.engine_options:
-        raise InputError(
-            f"{order.engine_options[0]} is for engines, and --backend onnx builds none: "
-            "give --backend tensorrt-rtx or tensorrt"
-        )
+    _check_options(order)
+    if order.precision == "int8":
+        check_installed()
+        return Decision(None)
     if order.backend == "onnx":
         return Decision(None)
     if order.backend is not None:
@@ -147,6 +145,30 @@ def decide(order: Order) -> Decision:
     for_cpu = not engines_asked and not nvidia_gpus()
     also = ", and graphs for this machine's CPU" if for_cpu else ""
     return Decision(choice.backend, choice.targets, for_cpu, f"{choice.why}{also} (--backend and --target choose)")
+
+
+def _check_options(order: Order) -> None:
+    """Refuse options that contradict each other."""
+    if order.source is not None and order.graph_options:
+        raise InputError(
+            f"{order.graph_options[0]} is decided when graphs are made of a checkpoint: give it with --ckpt"
+        )
+    if order.precision == "int8":
+        backend = [] if order.backend in {None, "onnx"} else [f"--backend {order.backend}"]
+        if asked := [*backend, *order.engine_options]:
+            raise InputError(f"--precision int8 makes graphs for CPUs, and {asked[0]} is for engines: leave one out")
+        return
+    if order.calibration_prompts is not None:
+        raise InputError("--calibration-prompts is for int8: give --precision int8 with it")
+    if order.backend == "onnx" and order.source is not None:
+        raise InputError(
+            "--from builds engines: give --backend tensorrt-rtx or tensorrt with it, not onnx, or --precision int8"
+        )
+    if order.backend == "onnx" and order.engine_options:
+        raise InputError(
+            f"{order.engine_options[0]} is for engines, and --backend onnx builds none: "
+            "give --backend tensorrt-rtx or tensorrt"
+        )
 
 
 def build(order: Order, decision: Decision, report: Report) -> tuple[Bundle, ...]:
@@ -171,8 +193,10 @@ def build(order: Order, decision: Decision, report: Report) -> tuple[Bundle, ...
         before anything is built.
 
     """
+    if order.precision == "int8":
+        return (_int8(order, report),)
     if decision.backend is None:
-        return (_graphs(order, order.output, order.name, order.precision, report),)
+        return (_graphs(order, order.output, order.name, _traced(order), report),)
     if order.source is not None:
         source = store.resolve(order.source)
         if source.manifest.kind == "onnx" and order.precision not in ("auto", source.manifest.precision):
@@ -182,6 +206,42 @@ def build(order: Order, decision: Decision, report: Report) -> tuple[Bundle, ...
             )
         return (_engines(order, decision, source, report, output=order.output, name=order.name),)
     return _both(order, decision, decision.backend, report)
+
+
+def _int8(order: Order, report: Report) -> Bundle:
+    """Quantise an fp32 bundle: the one that was named, or one that is built of the checkpoint and not kept."""
+    from .calibration import calibrate, default_prompts, read_prompts  # noqa: PLC0415 - heavy, and for int8 alone
+
+    prompts = None if order.calibration_prompts is None else read_prompts(order.calibration_prompts)
+    if order.name is not None:
+        store.check_name(order.name)
+
+    def quantized(source: Bundle, target: Path) -> Bundle:
+        samples = calibrate(source, prompts or default_prompts(source), report)
+        return quantize_bundle(
+            source,
+            samples,
+            output=target,
+            name=order.name,
+            force=order.force,
+            command=order.command,
+            report=report,
+        )
+
+    if order.source is not None:
+        source = store.resolve(order.source)
+        check_source(source)
+        target = order.output or store.place(order.name or int8_name(source.name))
+        refuse_existing(target, force=order.force)
+        return quantized(source, target)
+    _need_export()
+    from .export.checkpoint import checkpoint_name  # noqa: PLC0415 - what it imports need not be installed
+
+    assert order.ckpt is not None
+    target = (order.output or store.place(order.name or int8_name(checkpoint_name(order.ckpt)))).resolve()
+    refuse_existing(target, force=order.force)
+    with scratch(target.with_name(f"{target.name}-graphs")) as folder:
+        return quantized(_graphs(order, folder / target.name, None, "fp32", report), target)
 
 
 def _both(order: Order, decision: Decision, backend: BackendName, report: Report) -> tuple[Bundle, ...]:
@@ -200,13 +260,14 @@ def _both(order: Order, decision: Decision, backend: BackendName, report: Report
         here = (order.output or store.place(title)).resolve()
         place = here.with_name(default_name(here.name, backend, capabilities))
         refuse_existing(place, force=order.force)
-        graphs = _graphs(order, order.output, order.name, order.precision, report)
+        graphs = _graphs(order, order.output, order.name, _traced(order), report)
         if graphs.manifest.precision == "fp16":
             return graphs, _engines(order, decision, graphs, report, output=place)
         with scratch(place.with_name(f"{place.name}-graphs")) as folder:
             halves = _graphs(order, folder / here.name, None, "fp16", report)
             return graphs, _engines(order, decision, halves, report, output=place)
-    precision: Precision = "fp16" if order.precision == "auto" else order.precision
+    chosen = _traced(order)
+    precision: TracedPrecision = "fp16" if chosen == "auto" else chosen
     kept = f"{title}-{precision}"
     name = order.name if order.name or order.output else default_name(kept, backend, capabilities)
     refuse_existing(order.output or store.place(name or kept), force=order.force)
@@ -220,7 +281,7 @@ def _both(order: Order, decision: Decision, backend: BackendName, report: Report
 
 
 def _graphs(
-    order: Order, output: Path | None, name: str | None, precision: Precision | Literal["auto"], report: Report
+    order: Order, output: Path | None, name: str | None, precision: TracedPrecision | Literal["auto"], report: Report
 ) -> Bundle:
     _need_export()
     from .export.build import build as build_graphs  # noqa: PLC0415 - what it imports need not be installed
@@ -258,6 +319,12 @@ def _engines(
         command=order.command,
         report=report,
     )
+
+
+def _traced(order: Order) -> TracedPrecision | Literal["auto"]:
+    """Give the precision of graphs that come from the tracer as they are."""
+    assert order.precision != "int8"
+    return order.precision
 
 
 def _need_export() -> None:

@@ -120,6 +120,17 @@ def test_fp16_graphs_are_taken_where_no_fp32_ones_are_of_the_same_model(gpus: li
     assert resolve().name == "v1-1-fp16"
 
 
+def test_int8_comes_last_whatever_its_age(gpus: list[Gpu]) -> None:
+    build("v1-1-int8", "2026-01-03T00:00:00Z", precision="int8")
+    assert resolve().name == "v1-1-int8"
+    build("v1-1-fp16", "2026-01-02T00:00:00Z", precision="fp16")
+    assert resolve().name == "v1-1-fp16"
+    build("v1-1", "2026-01-01T00:00:00Z")
+    assert resolve().name == "v1-1"
+    assert resolve("v1-1-int8").name == "v1-1-int8"
+    assert resolve(obstacle=lambda bundle: None if "int8" in bundle.name else "no backend").name == "v1-1-int8"
+
+
 def test_broken_bundles_are_listed_with_the_reason_and_not_taken() -> None:
     build("whole", "2026-01-01T00:00:00Z")
     short = build("short")

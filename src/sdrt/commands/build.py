@@ -32,7 +32,8 @@ def _sizes(_ctx: click.Context, _param: click.Parameter, given: tuple[str, ...])
     "source",
     metavar="BUNDLE",
     envvar="SDRT_BUILD_FROM",
-    help="Build engines of this fp16 ONNX bundle, by its name or folder, instead of a checkpoint; needs no PyTorch.",
+    help="Build engines of this fp16 ONNX bundle, or int8 graphs of this fp32 one, by its name or folder, instead of a "
+    "checkpoint; needs no PyTorch.",
 )
 @click.option(
     "--backend",
@@ -43,15 +44,23 @@ def _sizes(_ctx: click.Context, _param: click.Parameter, given: tuple[str, ...])
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The bundle's folder. [default: in SDRT_HOME]")
 @click.option(
-    "--name", help="The bundle's name. [default: the checkpoint's; for engines with their targets, as in v1-1-rtx-sm86]"
+    "--name",
+    help="The bundle's name. [default: the checkpoint's; with what was made of it, as in v1-1-int8 and v1-1-rtx-sm86]",
 )
 @click.option("--force", is_flag=True, help="Replace bundles that exist.")
 @click.option(
     "--precision",
-    type=click.Choice(["auto", "fp32", "fp16"]),
+    type=click.Choice(["auto", "fp32", "fp16", "int8"]),
     default="auto",
     show_default=True,
-    help="auto: fp16 for engines and with an NVIDIA GPU, fp32 for a CPU.",
+    help="auto: fp16 for engines and with an NVIDIA GPU, fp32 for a CPU. int8: faster on a CPU, and not the same "
+    "picture; the model denoises for some minutes, and its layers are measured.",
+)
+@click.option(
+    "--calibration-prompts",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="int8: prompts to denoise, one a line. [default: two dozen of all kinds]",
 )
 @click.option("--ema", is_flag=True, help="Take the averaged weights of a file that has both.")
 @click.option("--clip-skip", type=int, help="Last layers of the text encoder to leave out. [default: 0]")
@@ -100,7 +109,7 @@ def build(
     json: bool,
     **given: Any,
 ) -> None:
-    """Build a bundle from a Stable Diffusion v1 checkpoint, or engines from an ONNX bundle.
+    """Build a bundle from a Stable Diffusion v1 checkpoint, or engines or int8 graphs from an ONNX bundle.
 
     With --ckpt and a backend for engines, the ONNX bundle that they are built of is kept in SDRT_HOME under a name of
     its own, such as v1-1-fp16, so that engines for other GPUs can be built --from it.
