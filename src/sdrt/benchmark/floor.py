@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from ..runtime.openvino import default_precision
 from .contender import Turn
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 _SIZES: Final = (512, 1024, 2048, 4096)
 _BURST_S: Final = 0.5
 _TRIES: Final = 3
+_SLOW_S: Final = 0.5
 
 
 class Floor:
@@ -37,9 +39,15 @@ class Floor:
         most = settings.step_flops or 0
         sizes = [size for size in _SIZES if 2 * size**3 <= most] or [_SIZES[0]]
         self._best: dict[str, tuple[float, str, int, Multiply]] = {}
+        slow = set()
         for size in sizes:
             for precision, library, multiply in _multipliers(size):
-                rate = 2 * size**3 / min(multiply() for _ in range(_TRIES))
+                if (precision, library) in slow:
+                    continue
+                seconds = min(multiply() for _ in range(_TRIES))
+                if seconds > _SLOW_S:  # bf16 on a CPU without instructions for it
+                    slow.add((precision, library))
+                rate = 2 * size**3 / seconds
                 if precision not in self._best or rate > self._best[precision][0]:
                     self._best[precision] = rate, library, size, multiply
 
@@ -68,8 +76,9 @@ def _multipliers(size: int) -> Iterator[tuple[str, str, Multiply]]:
         for precision in ("fp32", "bf16"):
             yield precision, "torch", multiplier(size, precision)
     if importlib.util.find_spec("openvino") is not None:
-        for precision, name in (("fp32", "f32"), ("bf16", "bf16")):
-            yield precision, "openvino", _openvino(size, name)
+        yield "fp32", "openvino", _openvino(size, "f32")
+        if default_precision() == "bf16":
+            yield "bf16", "openvino", _openvino(size, "bf16")
 
 
 def _numpy(size: int) -> Multiply:

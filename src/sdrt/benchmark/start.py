@@ -80,7 +80,8 @@ def _run(settings: Settings, folder: Path, steps: int) -> tuple[float, float, in
         errors.seek(0)
         if process.returncode:
             lines = errors.read().decode(errors="replace").strip().splitlines()
-            raise BackendError(f"sdrt run failed: {lines[-1] if lines else f'exit code {process.returncode}'}")
+            last = lines[-1].removeprefix("sdrt: ") if lines else f"exit code {process.returncode}"
+            raise BackendError(f"sdrt run failed: {last}")
         return json.loads(output.read())["seconds"]["until_first_step"], seconds, peak
 
 

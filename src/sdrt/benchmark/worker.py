@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from tqdm import tqdm
 
-from ..errors import BackendError
+from ..errors import BackendError, SdrtError
 from .contenders import FLOOR, make
 from .machine import peak_memory
 
@@ -57,6 +57,7 @@ class Worker:
         try:
             self._receive()
         except BaseException:
+            self._process.kill()
             self.close()
             raise
 
@@ -160,6 +161,7 @@ def _load(name: str, settings: Settings) -> Any:
 
 
 def _line(error: Exception) -> str:
-    """Tell an error in one line."""
-    text = " ".join("".join(traceback.format_exception_only(error)).split())
+    """Tell an error in one line; its class only where that is not one of our own."""
+    text = str(error) if isinstance(error, SdrtError) else "".join(traceback.format_exception_only(error))
+    text = " ".join(text.split())
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
