@@ -162,7 +162,9 @@ def test_messages_that_are_none(inference_server: Server, message: bytes) -> Non
         assert caught.value.details() == "the message cannot be read: expected a ModelInferRequest"
         (answer,) = channel.stream_stream(METHOD.replace("ModelInfer", "ModelStreamInfer"))(iter([message]), timeout=60)
         assert b"the message cannot be read" in answer
-    with socket.create_connection(inference_server.grpc.split(":")) as plain:  # type: ignore[union-attr]
+    assert inference_server.grpc is not None
+    host, _, port = inference_server.grpc.rpartition(":")
+    with socket.create_connection((host, int(port))) as plain:
         plain.sendall(b"GET / HTTP/1.1\r\n\r\n" + message * 100)
         plain.settimeout(10)
         while plain.recv(4096):
@@ -196,7 +198,7 @@ def test_a_full_queue_says_when_to_come_back(narrow: Server) -> None:
         with pytest.raises(grpc.RpcError) as caught:
             service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(request, timeout=60)
     assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert 1 <= int(dict(caught.value.trailing_metadata())["retry-after"]) <= 600  # type: ignore[attr-defined]
+    assert 1 <= int(dict(caught.value.trailing_metadata())["retry-after"]) <= 600
     until("all have stopped", lambda: running(narrow) + narrow.figure("sdrt_queue_depth") == 0, within_s=10)
 
 
