@@ -178,16 +178,17 @@ class _Leaving:
 
     def __init__(self, server: Server, draw: random.Random) -> None:
         stream = draw.random() < 0.5
+        count = draw.choice((1, 1, 2, 4))
         body = {
             "prompt": "a red star",
             "size": "256x256",
             "num_inference_steps": 1000,
             "sampler": "ddpm",
-            **({"stream": True, "partial_images": 3} if stream else {"n": draw.choice((1, 1, 2, 4))}),
+            **({"stream": True, "partial_images": 3} if stream else {"n": count}),
         }
         request = Order(body, "").encoded()
         whole = draw.random() < 0.9
-        self.pictures: int = body.get("n", 1) if whole else 0
+        self.pictures = (1 if stream else count) if whole else 0
         self.moment = time.monotonic() + draw.choice((0.0, 0.02, 0.4)) * draw.random()
         self._abrupt = draw.random() < 0.5
         host, _, port = server.url.removeprefix("http://").rpartition(":")

@@ -350,7 +350,7 @@ class NumpySession:
     def __init__(self, component: Component) -> None:
         self.component = component
 
-    def bind(self, shapes: Mapping[str, tuple[int, ...]]) -> NumpyBinding:
+    def bind(self, shapes: Mapping[str, tuple[int, ...]], *, in_pairs: bool = False) -> NumpyBinding:  # noqa: ARG002
         return NumpyBinding(self.component, shapes)
 
     def close(self) -> None: ...
