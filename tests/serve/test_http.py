@@ -50,7 +50,7 @@ def test_the_document_is_valid_and_complete(server: Server) -> None:
     validate(document)
     assert document["openapi"] == "3.1.0"
     paths = {"/healthz", "/readyz", "/metrics", "/openapi.json", "/v1/models", "/v1/models/{model}", GENERATIONS}
-    paths |= {"/native/v1/generate", "/native/v1/models"}
+    paths |= {"/", "/native/v1/generate", "/native/v1/models"}
     assert {path for path in document["paths"] if not path.startswith("/v2")} == paths
     operation = document["paths"][GENERATIONS]["post"]
     fields = operation["requestBody"]["content"]["application/json"]["schema"]["properties"]
@@ -83,7 +83,7 @@ def test_the_log_is_json(server: Server) -> None:
 @pytest.mark.parametrize(
     ("path", "options", "status", "message"),
     [
-        ("/", (), 404, "there is nothing at '/': /openapi.json lists what there is"),
+        ("/v1", (), 404, "there is nothing at '/v1': /openapi.json lists what there is"),
         ("/v1/models/", (), 404, "there is nothing at '/v1/models/'"),
         ("/v1/models/..%2f..%2fetc%2fpasswd", (), 404, "etc/passwd"),
         (GENERATIONS, (), 405, "Method Not Allowed"),

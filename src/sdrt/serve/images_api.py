@@ -107,11 +107,23 @@ IMAGES: Schema = {
         "usage": USAGE,
     },
 }
-EVENTS: Schema = {
-    "type": "string",
-    "description": "Events image_generation.partial_image, with partial_image_index from 0, and at the end "
-    "image_generation.completed, with seed and usage, or error. Each has one line of JSON with type, b64_json, "
-    "created_at, size, output_format, background and quality.",
+EVENT: Schema = {
+    "type": "object",
+    "description": "One event; before OpenAPI 3.2 the schema of a stream is that of each.",
+    "required": ["event", "data"],
+    "properties": {
+        "event": {
+            "type": "string",
+            "enum": ["image_generation.partial_image", "image_generation.completed", "error"],
+        },
+        "data": {
+            "type": "string",
+            "contentMediaType": "application/json",
+            "description": "One line: type, b64_json, created_at, size, output_format, background and quality; with a "
+            "partial picture partial_image_index, from 0; with the finished one seed and usage; of an error type and "
+            "error alone.",
+        },
+    },
 }
 
 
@@ -127,7 +139,7 @@ def operation(service: Service) -> Operation:
         "createImage",
         "Make pictures.",
         generate,
-        {200: ("The pictures.", {"application/json": IMAGES, "text/event-stream": EVENTS})},
+        {200: ("The pictures.", {"application/json": IMAGES, "text/event-stream": EVENT})},
         body=GENERATION,
         errors=(400, 404, 408, 413, 415, 429, 503),
     )
@@ -203,10 +215,10 @@ class Order:
     async def answer(self) -> dict[str, Any]:
         """Wait for the pictures and give the body of the answer."""
         try:
-            images = await asyncio.gather(*(asyncio.wrap_future(picture.done) for picture in self.pictures))
+            # Each while others are still made: a server that ends does not wait long once all are.
+            texts = await asyncio.gather(*map(self._file, self.pictures))
         finally:
             self._give_up()
-        texts = [await self._encoded(image) for image in images]
         return {
             "created": int(time.time()),
             "data": [
@@ -268,6 +280,9 @@ class Order:
             "output_tokens": 0,
             "total_tokens": self._tokens,
         }
+
+    async def _file(self, picture: Picture) -> str:
+        return await self._encoded(await asyncio.wrap_future(picture.done))
 
     async def _encoded(self, image: Image) -> str:
         began = time.perf_counter()
