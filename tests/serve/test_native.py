@@ -112,6 +112,11 @@ def memory() -> Iterator[shared_memory.SharedMemory]:
     made.unlink()
 
 
+def content_of(memory: shared_memory.SharedMemory) -> memoryview:
+    assert memory.buf is not None, "it is open"
+    return memory.buf
+
+
 def test_frames_come_in_order(server: Server, pipe: sdrt.Pipeline) -> None:
     accepted, *steps, image, done = generate(server, sampler="euler", num_inference_steps=5)
     assert (accepted.kind, struct.unpack("<IIIII", accepted.payload)) == (ACCEPTED, (1, 5, 128, 128, 0))
@@ -165,14 +170,14 @@ def test_pixels_through_shared_memory(sharing: Server, pipe: sdrt.Pipeline, memo
     images = [picture(frame) for frame in generate(sharing, n=2, pixels=place) if frame.kind == IMAGE]
     assert {(each.seed, each.flags, each.pixels) for each in images} == {(42, 1, b""), (43, 1, b"")}
     expected = b"".join(drawn(pipe, seed=seed)[0] for seed in (42, 43))
-    assert memory.buf[: 100 + 2 * SIZE + 1].tobytes() == bytes(100) + expected + bytes(1)
+    assert content_of(memory)[: 100 + 2 * SIZE + 1].tobytes() == bytes(100) + expected + bytes(1)
 
 
 def test_latents_through_shared_memory(
     sharing: Server, pipe: sdrt.Pipeline, memory: shared_memory.SharedMemory
 ) -> None:
     latents = np.random.default_rng(0).standard_normal((2, 4, 8, 16)).astype("<f4")
-    memory.buf[64 : 64 + latents.nbytes] = latents.tobytes()
+    content_of(memory)[64 : 64 + latents.nbytes] = latents.tobytes()
     place = {"key": f"/{memory.name}", "offset": 64, "byte_size": latents.nbytes}
     found = generate(sharing, n=2, latents=place, width=128, height=64)
     for frame in found:
@@ -180,7 +185,7 @@ def test_latents_through_shared_memory(
             expected = drawn(pipe, latents=latents[frame.image : frame.image + 1], width=128, height=64)
             assert picture(frame).pixels == expected[0]
     broken = {**place, "offset": 0}
-    memory.buf[:64] = b"\xff" * 64
+    content_of(memory)[:64] = b"\xff" * 64
     status, _, message = refused(sharing, n=2, latents=broken, width=128, height=64)
     assert (status, message) == (400, "latents hold values that are not finite: expected a unit gaussian")
 

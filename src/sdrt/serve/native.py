@@ -213,12 +213,12 @@ class Order:
 
     def _finished(self, number: int, image: Image) -> bytes:
         request = self.pictures[number].request
-        pixels: bytes | None = image.tobytes()
+        pixels = image.tobytes()
         if self._pixels is not None:
             size = self._pixels.byte_size // len(self.pictures)
             replace(self._pixels, offset=self._pixels.offset + number * size, byte_size=size).write(pixels)
-            pixels = None
-        return frames.image(number, request.seeds[0], image.size, image.info["parameters"], pixels)
+        sent = pixels if self._pixels is None else None
+        return frames.image(number, request.seeds[0], image.size, image.info["parameters"], sent)
 
     def _send(self, made: bytes | Exception) -> None:
         self._loop.call_soon_threadsafe(self._made.put_nowait, made)
