@@ -109,7 +109,7 @@ class _Received(io.BytesIO):
 
 def parse(received: bytes) -> tuple[int, bytes | None]:
     """Give status and body of what a server sent until it closed the connection; no body if that broke off."""
-    response = http.client.HTTPResponse(_Received(received))  # type: ignore[arg-type] - it is enough of a socket
+    response = http.client.HTTPResponse(_Received(received))  # type: ignore[arg-type]  # enough of a socket
     try:
         response.begin()
     except (http.client.HTTPException, ConnectionError):
