@@ -26,6 +26,7 @@ SECTION = README.partition("\n## As a server\n")[2].partition("\n## ")[0]
 SNIPPET = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 SNIPPETS = SNIPPET.findall(SECTION)
 PROSE = SNIPPET.sub("", SECTION)
+INFERENCE = SNIPPET.findall(README.partition("\n## Open Inference Protocol\n")[2].partition("\n## ")[0])
 
 
 def test_the_section_is_found() -> None:
@@ -103,3 +104,28 @@ def test_the_shell_snippet_about_a_unix_socket(server: Server, home: Path, tmp_p
     answer = server.client().images.generate(prompt="a yellow cross on black", extra_body=settings)
     assert answer.data
     assert (tmp_path / "cross.png").read_bytes() == base64.b64decode(answer.data[0].b64_json or "")
+
+
+def test_the_snippets_about_the_open_inference_protocol(
+    inference_server: Server,
+    home: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    assert [language for language, _ in INFERENCE] == ["sh", "python", "sh"]
+    program, *arguments = shlex.split(INFERENCE[0][1])
+    assert program == "sdrt"
+    assert main([*arguments, "--help"]) == 0
+    known = capsys.readouterr().out
+    assert all(each in known for each in arguments if each.startswith("--"))
+    code = INFERENCE[1][1].replace("127.0.0.1:8001", inference_server.grpc or "")
+    assert run([sys.executable, "-c", code], tmp_path) == "[42 43]\n"
+    options = ["--bundle", "demo", "--steps", "20", "--cfg-scale", "5", "--seed", "42", "-o", str(tmp_path / "run.png")]
+    monkeypatch.setenv("SDRT_HOME", str(home))
+    assert main(["run", "a large red star on a blue background", *options]) == 0
+    with Image.open(tmp_path / "star.png") as image, Image.open(tmp_path / "run.png") as expected:
+        assert image.tobytes() == expected.tobytes()
+    printed = run(["sh", "-ec", INFERENCE[2][1].replace("http://127.0.0.1:7860", inference_server.url)], tmp_path)
+    assert '"name":"guidance_scale","datatype":"FP32","shape":[1]' in printed
+    assert '{"name":"seed","datatype":"INT64","shape":[1],"data":[42]}' in printed

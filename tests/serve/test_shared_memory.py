@@ -118,7 +118,8 @@ def test_an_object_that_is_cut_short(regions: Regions, beside: Path) -> None:
     regions.register("pixels", beside.name, 0, 8192)
     view = regions.view("pixels", 4096, 4096)
     os.truncate(beside, 5000)
-    for use in (view.read, lambda: view.write(b"y" * 4096)):
+    uses: list[Callable[[], object]] = [view.read, lambda: view.write(b"y" * 4096)]
+    for use in uses:
         with pytest.raises(
             RegionError, match=r"'pixels' was cut short: expected 'sdrt-\w+' to have at least 8192 bytes"
         ):
