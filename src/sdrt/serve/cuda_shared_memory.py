@@ -149,4 +149,4 @@ def _unmap(device: Device, pointer: int) -> None:
 
 
 def _address(content: bytearray) -> int:
-    return ctypes.addressof(ctypes.c_char.from_buffer(content))
+    return ctypes.addressof((ctypes.c_char * len(content)).from_buffer(content))
