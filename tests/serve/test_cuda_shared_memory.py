@@ -88,7 +88,7 @@ def driver() -> Iterator[SharingStandIn]:
 
 def register(regions: Regions, driver: Any, name: str = "gpu", handle: bytes = HANDLE, **more: int) -> CudaRegion:
     given = {"device_id": 0, "byte_size": 80, **more}
-    return cuda_shared_memory.register(regions, name, handle, **given, driver=driver)  # type: ignore[arg-type]
+    return cuda_shared_memory.register(regions, name, handle, **given, driver=driver)
 
 
 def test_stand_in_is_read_and_written(driver: SharingStandIn) -> None:
