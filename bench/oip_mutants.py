@@ -168,6 +168,7 @@ class Attack:
         if connection is None:
             connection = http.client.HTTPConnection(self._http_address, timeout=_PATIENCE_S)
             self._here.connection = connection
+        used = connection.sock is not None
         try:
             connection.request(sent.method, sent.path, sent.body, sent.headers)
             response = connection.getresponse()
@@ -175,6 +176,8 @@ class Attack:
         except (OSError, http.client.HTTPException) as error:
             connection.close()
             self._here.connection = None
+            if used:  # the server closes connections that have been idle for seconds: this one says nothing
+                return self._over_http(sent)
             return f"http {type(error).__name__}", True
         return f"http {response.status}", response.status >= 500
 

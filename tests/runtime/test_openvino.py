@@ -110,7 +110,7 @@ def test_components_compute_what_they_do_in_onnxruntime(some_bundle: Bundle, nam
     for from_cache in (False, True):
         with session(some_bundle, name, precision) as one:
             (found,) = compute(one, inputs, shapes).values()
-            compiled = one._compiled(tuple(inputs[spec.name].shape for spec in component.inputs))
+            compiled = one._compiled(tuple(inputs[spec.name].shape for spec in component.inputs), False)
             assert compiled.get_property("LOADED_FROM_CACHE") is from_cache
             runs.append(found)
     fp16 = some_bundle.manifest.precision == "fp16"

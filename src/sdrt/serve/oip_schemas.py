@@ -41,7 +41,7 @@ _INPUT: Schema = {
                 "binary_data_size": {**_COUNT, "description": "Of this input's share of what follows the JSON."},
             },
         },
-        "data": {"type": "array", "items": {"type": ["number", "string"]}},
+        "data": {"type": "array", "items": {"type": ["number", "string", "array"]}, "description": "Nested or not."},
     },
 }
 _OUTPUT: Schema = {

@@ -122,7 +122,8 @@ def document(operations: Sequence[Operation], *, key: bool, hosts: bool) -> dict
     paths: dict[str, dict[str, Any]] = {}
     for each in operations:
         guarded = key and not each.open
-        errors = sorted({*each.errors, *always, *((401,) if guarded else ())})
+        # A name with a slash in it is another path.
+        errors = sorted({*each.errors, *always, *((401,) if guarded else ()), *((404,) if "{" in each.path else ())})
         entry: dict[str, Any] = {
             "operationId": each.name,
             "summary": each.summary,
