@@ -14,7 +14,7 @@ from ..errors import InputError
 from . import store
 from .bundle import TOKENIZER, Bundle, hash_file, layers_name, write_manifest
 from .devices import nvidia_gpus
-from .manifest import DEEP_FEATURES, SHARED_WEIGHTS, Backend, Component, utc_now
+from .manifest import DEEP_FEATURES, Backend, Component, utc_now, weights_owner
 from .profiles import check_sizes, profiles_of, tensors_of
 from .publish import publishing
 from .targets import DEFAULT_TARGET, capabilities_of, host_platform, parse_targets, sm_name
@@ -177,7 +177,7 @@ def build_engines(
     chosen = [
         (component, profiles_of(component, shapes, images, factor, dynamic=dynamic))
         for component in source.manifest.components
-        if component.name not in SHARED_WEIGHTS  # what feature caching needs, which runs on no GPU so far
+        if weights_owner(component.name) is None  # feature caching and tiles run on no GPU so far
     ]
     if name is not None:
         store.check_name(name)

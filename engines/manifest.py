@@ -24,8 +24,18 @@ REQUIRED_COMPONENTS = COMPONENT_NAMES[:3]
 #: What `unet` gives beside the prediction, and `unet_shallow` takes.
 DEEP_FEATURES = "deep_features"
 
-#: Components whose graphs have no weights of their own, and the one whose external data they read.
-SHARED_WEIGHTS = MappingProxyType({"unet_shallow": "unet"})
+#: The VAE decoder in parts, for decoding in tiles: its beginning, which runs whole, and the stages after it, from 1.
+DECODER_HEAD = "vae_decoder_head"
+DECODER_STAGE = "vae_decoder_stage_{}"
+
+#: What the parts hand on: the head gives the first, each stage the next, and the last stage the image.
+HIDDEN = "hidden_{}"
+
+#: What most stages take besides: of each group of channels of the whole picture, for the normalisation.
+MEAN, VARIANCE = "mean", "variance"
+
+#: So many rows and columns at a tile's edge are wrong for want of its neighbours, in pixels of what a stage takes.
+TILE_MARGIN = 2
 
 Kind = Literal["onnx", "engine"]
 TracedPrecision = Literal["fp32", "fp16"]
@@ -230,6 +240,11 @@ class Manifest:
         object.__setattr__(self, "tools", MappingProxyType(dict(self.tools)))
 
     @property
+    def decoder_stages(self) -> tuple[Component, ...]:
+        """The stages of the VAE decoder after its head, in order; empty in a bundle that is without them."""
+        return tuple(part for part in self.components if is_decoder_part(part.name) and part.name != DECODER_HEAD)
+
+    @property
     def files(self) -> tuple[FileEntry, ...]:
         """Every file of the bundle but ``bundle.json`` itself."""
         return (*(entry for component in self.components for entry in component.files), self.tokenizer)
@@ -238,6 +253,18 @@ class Manifest:
         """Write the text of ``bundle.json``: ASCII, keys in the order of the README, the same for the same manifest."""
         plain = {"schema_version": self.schema_version} | _plain(self)
         return json.dumps(plain, indent=2, allow_nan=False) + "\n"
+
+
+def is_decoder_part(component: str) -> bool:
+    """Tell whether a component is one of the parts of the VAE decoder."""
+    return component == DECODER_HEAD or component.startswith(DECODER_STAGE.format(""))
+
+
+def weights_owner(component: str) -> str | None:
+    """Name the component whose external data a component's graphs read, where they have no weights of their own."""
+    if is_decoder_part(component):
+        return "vae_decoder"
+    return "unet" if component == "unet_shallow" else None
 
 
 def utc_now() -> str:

@@ -14,11 +14,13 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, Never, TypeVar, get_args
 
 from ..errors import BundleCorruptError
+from .handover import check_handover
 from .manifest import (
     COMPONENT_NAMES,
+    DECODER_HEAD,
+    DECODER_STAGE,
     REQUIRED_COMPONENTS,
     SCHEMA_VERSION,
-    SHARED_WEIGHTS,
     Backend,
     Component,
     Dim,
@@ -48,6 +50,7 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _CAPABILITY = re.compile(r"[0-9]{1,3}\.[0-9]{1,2}")
 _CREATED = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{6})?Z")
+_STAGE = re.compile(DECODER_STAGE.format("[1-9][0-9]?"))
 _LARGEST = 2**63 - 1
 
 
@@ -234,9 +237,7 @@ def _manifest(root: _Node) -> Manifest:
     for name in REQUIRED_COMPONENTS:
         if name not in names:
             raise BundleCorruptError(f"bundle.json: components has no {name}")
-    for component in manifest.components:
-        if (owner := SHARED_WEIGHTS.get(component.name)) is not None:
-            _check_handover(component, next(part for part in manifest.components if part.name == owner))
+    check_handover(manifest.components)
     # some file systems take bundle.json and Bundle.json for one file
     paths = [entry.path.lower() for entry in manifest.files]
     _refuse_repeated("components and tokenizer have the path", ["bundle.json", *paths])
@@ -246,16 +247,6 @@ def _manifest(root: _Node) -> Manifest:
 def _refuse_repeated(what: str, names: Iterable[str]) -> None:
     if (name := _repeated(names)) is not None:
         raise BundleCorruptError(f"bundle.json: {what} {_short(name)} twice, expected once")
-
-
-def _check_handover(component: Component, owner: Component) -> None:
-    """Check that a component that goes on from another's work takes what that one takes, or gives."""
-    offered = {tensor.name for tensor in (*owner.inputs, *owner.outputs)}
-    if missing := [tensor.name for tensor in component.inputs if tensor.name not in offered]:
-        raise BundleCorruptError(
-            f"bundle.json: components has {component.name}, which takes {_short(missing[0])}, and {owner.name} neither "
-            "takes nor gives it"
-        )
 
 
 def _precision(node: _Node) -> Precision:
@@ -324,7 +315,7 @@ def _scheduler_value(node: _Node) -> Scalar | tuple[Scalar, ...]:
 
 def _component(node: _Node) -> Component:
     component = Component(
-        name=node["name"].one_of(COMPONENT_NAMES),
+        name=_component_name(node["name"]),
         precision=_precision(node["precision"]),
         files=node["files"].tuple_of(_file, at_least=1),
         inputs=node["inputs"].tuple_of(_tensor, at_least=1),
@@ -335,6 +326,12 @@ def _component(node: _Node) -> Component:
     for what, tensors in (("inputs", component.inputs), ("outputs", component.outputs)):
         _refuse_repeated(f"{node.where}.{what} has the name", [tensor.name for tensor in tensors])
     return component
+
+
+def _component_name(node: _Node) -> str:
+    if isinstance(node.value, str) and (node.value == DECODER_HEAD or _STAGE.fullmatch(node.value)):
+        return node.value
+    return node.one_of(COMPONENT_NAMES)
 
 
 def _input_range(node: _Node) -> InputRange:

@@ -13,7 +13,7 @@ import os
 import threading
 from typing import TYPE_CHECKING
 
-from .manifest import SHARED_WEIGHTS
+from .manifest import weights_owner
 from .store import home
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def verify_once(bundle: Bundle, component: str, progress: Progress | None = None
         Names every file that is not as it was built.
 
     """
-    if (owner := SHARED_WEIGHTS.get(component)) is not None:
+    if (owner := weights_owner(component)) is not None:
         verify_once(bundle, owner, progress)
     note = home() / "verified" / f"{hashlib.sha256(os.fsencode(bundle.folder)).hexdigest()[:32]}.json"
     known = _read(note)

@@ -31,6 +31,7 @@ from ..engines.shallow import outer_blocks
 from ..errors import BundleExistsError, InputError
 from . import modules, parity
 from .checkpoint import checkpoint_name, read_checkpoint
+from .decoder_parts import decoder_parts
 from .trace import OPSET, examples, signatures, trace
 from .vocabulary import write_tokenizer
 
@@ -224,7 +225,9 @@ def _components(
     )
     traced = [_component(job, described[job.name], folder, precision, progress) for job in jobs]
     progress.stage("U-Net: cutting out its outermost blocks")
-    return (*traced, _shallow(folder, described["unet_shallow"], unet_cases(), precision))
+    shallow = _shallow(folder, described["unet_shallow"], unet_cases(), precision)
+    progress.stage("VAE decoder: cutting it for tiles")
+    return (*traced, shallow, *decoder_parts(folder, described["vae_decoder"], autoencoder_cases()[0], precision))
 
 
 def _described(checkpoint: Checkpoint) -> dict[str, Signature]:

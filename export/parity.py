@@ -17,7 +17,7 @@ from .modules import load_model
 from .trace import examples
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -167,18 +167,30 @@ def measure(
         The relative L2 error is beyond the threshold, or the output is not finite.
 
     """
+    return judge(component, _results(graphs, signature, cases), precision)
+
+
+def _results(
+    graphs: Sequence[Path], signature: Signature, cases: list[Case]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     # The arena would keep the memory of the largest case on top of the weights.
     options.enable_cpu_mem_arena = False
-    worst = Parity(0.0, 0.0, math.inf, "relative_l2", THRESHOLDS[precision], f"torch {torch.__version__} fp32")
     for graph in graphs:
         session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         for case in cases:
             feeds = {spec.name: value.numpy() for spec, value in zip(signature.inputs, case.inputs, strict=True)}
             for found, expected in zip(session.run(None, feeds), case.outputs, strict=True):
-                worst = _worse(worst, *deviation(found, expected.numpy()))
+                yield found, expected.numpy()
         del session
+
+
+def judge(component: str, results: Iterable[tuple[np.ndarray, np.ndarray]], precision: TracedPrecision) -> Parity:
+    """Compare what a component makes with what it should be, each pair of it in turn; the rest as `measure`."""
+    worst = Parity(0.0, 0.0, math.inf, "relative_l2", THRESHOLDS[precision], f"torch {torch.__version__} fp32")
+    for found, expected in results:
+        worst = _worse(worst, *deviation(found, expected))
     if not worst.relative_l2 <= worst.threshold:
         raise ExportError(
             f"the {component} graph strays from torch by {worst.relative_l2:.2e} (relative L2), expected at most "

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, cast
 from ..engines import store
 from ..engines.bundle import onnx_data_name
 from ..engines.devices import nvidia_gpus
-from ..engines.manifest import SHARED_WEIGHTS
+from ..engines.manifest import weights_owner
 from ..engines.targets import host_platform, sm_name
 from ..engines.tensorrt import MODULES
 from ..engines.verified import verify_once
@@ -214,7 +214,7 @@ def _onnx_session(bundle: Bundle, name: str) -> Session:
 def _openvino_session(bundle: Bundle, name: str, precision: Precision, cache: CompileCache) -> Session:
     from .openvino import OpenVinoSession  # noqa: PLC0415 - the backend that is used, and no other
 
-    component, owner = bundle.component(name), bundle.component(SHARED_WEIGHTS.get(name, name))
+    component, owner = bundle.component(name), bundle.component(weights_owner(name) or name)
     verify_once(bundle, name)
     # The plain graph: OpenVINO merges attention by itself.
     weights = next((bundle.path(file) for file in owner.files if file.path == onnx_data_name(owner.name)), None)

@@ -56,6 +56,8 @@ class DeviceEngines:
 
     """
 
+    tiles = False
+
     def __init__(
         self, manifest: Manifest, device: Device, open_session: Callable[[str, Stream, Workspace], DeviceSession]
     ) -> None:
@@ -172,7 +174,7 @@ class DeviceEngines:
             else:
                 self.stream.copy(target, loop.result, loop.latents_bytes)
 
-    def decode(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
+    def decode(self, latents: NDArray[np.float32], *, vae_tiling: bool | None = None) -> NDArray[np.float32]:  # noqa: ARG002
         """Return the images, float32 of shape (N, 3, height, width), around [-1, 1]."""
         flat = np.ascontiguousarray(latents, np.float32)
         count, _, height, width = latents.shape

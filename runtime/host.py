@@ -14,6 +14,7 @@ import numpy as np
 from ..engines.manifest import DEEP_FEATURES
 from .loop import denoise
 from .predictor import Predictor, evaluation_shapes
+from .tiling import decode_in_tiles, wants_tiles
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Sequence
@@ -44,7 +45,10 @@ class HostEngines:
 
     """
 
+    tiles = True
+
     def __init__(self, manifest: Manifest, open_session: Callable[[str], Session]) -> None:
+        self._manifest = manifest
         self._text = manifest.text
         self._feature_channels = _feature_channels(manifest)
         self._open_session = open_session
@@ -88,9 +92,12 @@ class HostEngines:
         initial = draw_noise() if request.latents is None else request.latents
         with _meanwhile(lambda: self._bindings(request)) as bindings:
             embeddings = self.encode(passages)
-        return (
-            yield from denoise(request.table, initial, Predictor(request, embeddings, bindings.result()), draw_noise)
-        )
+        bound = bindings.result()
+        try:
+            return (yield from denoise(request.table, initial, Predictor(request, embeddings, bound), draw_noise))
+        finally:
+            for binding in bound.values():
+                binding.trim()  # for the decoder, whose activations are as large
 
     def _bindings(self, request: Request) -> dict[Work, Binding]:
         """Load what a request needs of the U-Net, and bind it to each kind of its work."""
@@ -109,9 +116,11 @@ class HostEngines:
         (last,) = deque(self.denoise(request, passages, draw_noise), maxlen=1)
         return last.latents
 
-    def decode(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
+    def decode(self, latents: NDArray[np.float32], *, vae_tiling: bool | None = None) -> NDArray[np.float32]:
         """Return the images, float32 of shape (N, 3, height, width), around [-1, 1]."""
         count, channels, height, width = latents.shape
+        if wants_tiles(vae_tiling, self._manifest, 8 * height, 8 * width):
+            return np.stack([decode_in_tiles(self._manifest, self._session, each) for each in latents])
         # One image after the other: the decoder's activations are the largest thing in memory.
         binding = self._session("vae_decoder").bind(
             {"latents": (1, channels, height, width), "image": (1, 3, 8 * height, 8 * width)}

@@ -51,6 +51,9 @@ class OnnxBinding:
         except Exception as error:  # onnxruntime's classes share no other base
             raise BackendError(f"{self._name} failed in onnxruntime: {first_line(error)}") from error
 
+    def trim(self) -> None:
+        """Do nothing: the memory of the activations is given back after each run."""
+
 
 class OnnxSession:
     """One component of an ONNX bundle, loaded into onnxruntime.

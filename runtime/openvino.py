@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 import warnings
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
@@ -164,6 +165,7 @@ class OpenVinoBinding:
         import openvino  # noqa: PLC0415 - imported already
 
         self._name = component.name
+        self._compiled = compiled
         self._request = compiled.create_infer_request()
         self.inputs: Mapping[str, NDArray[Any]] = {
             spec.name: np.zeros(shapes[spec.name], spec.dtype) for spec in component.inputs
@@ -190,6 +192,11 @@ class OpenVinoBinding:
             self._request.infer()
         except (RuntimeError, MemoryError) as error:
             raise BackendError(f"{self._name} failed in openvino: {_last_line(error)}") from error
+
+    def trim(self) -> None:
+        """Free the activations, which all bindings of these shapes share, unless one of them runs just now."""
+        with suppress(RuntimeError):
+            self._compiled.release_memory()
 
 
 def _last_line(error: Exception) -> str:

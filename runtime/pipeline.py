@@ -17,6 +17,7 @@ from .noise import batch_noise
 from .parameters import describe
 from .request import Arguments, Request, make_request
 from .session import Passage
+from .tiling import check_tiling
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -166,6 +167,9 @@ class Pipeline:
             An approximation: the whole U-Net once in so many steps, and in the others its outermost blocks alone, on
             the deep features of the last whole one (Ma et al. 2023, DeepCache, arXiv:2312.00858). 1, the default, is
             the whole in every step.
+        vae_tiling
+            Whether images are decoded in tiles, which takes less memory and makes the same picture, to rounding. None,
+            the default, does so beyond 768 x 768 pixels where the bundle has the graphs for it.
         output_type
             ``pil`` for PIL images, ``np`` for float32 arrays height x width x 3 in [0, 1], ``latent`` for float32
             arrays 4 x height / 8 x width / 8.
@@ -190,12 +194,14 @@ class Pipeline:
             raise InputError(f"output type is {output_type!r}: expected one of {', '.join(OUTPUT_TYPES)}")
         request = make_request(self.bundle.manifest, prompt, **arguments)
         if callback_on_step_end is None:
-            latents = self._at_work().latents(request, self._passages(request), self._noise(request))
+            latents = self._ready(request.vae_tiling).latents(request, self._passages(request), self._noise(request))
         else:
             latents = self._watched(request, callback_on_step_end)
         if output_type == "latent":
             return list(latents)
-        return self.decode(latents) if output_type == "np" else self.pictures(request, latents)
+        if output_type == "np":
+            return self.decode(latents, vae_tiling=request.vae_tiling)
+        return self.pictures(request, latents)
 
     def _watched(self, request: Request, callback: StepCallback) -> NDArray[np.float32]:
         """Run the loop with somebody who sees each step and may replace its latents."""
@@ -230,7 +236,8 @@ class Pipeline:
 
     def run(self, request: Request) -> Generator[Step, NDArray[np.float32] | None]:
         """Run the denoising loop of a request; see `steps`. What is sent to the generator replaces the latents."""
-        return (yield from self._at_work().denoise(request, self._passages(request), self._noise(request)))
+        engines = self._ready(request.vae_tiling)
+        return (yield from engines.denoise(request, self._passages(request), self._noise(request)))
 
     @staticmethod
     def _noise(request: Request) -> Callable[[], NDArray[np.float32]]:
@@ -298,7 +305,7 @@ class Pipeline:
         from .device_engines import DeviceEngines  # noqa: PLC0415 - for those who have a GPU
         from .device_handover import hand_over  # noqa: PLC0415
 
-        engines = self._at_work()
+        engines = self._ready(arguments.get("vae_tiling"))
         if not isinstance(engines, DeviceEngines):
             raise BackendError(
                 f"{self.bundle.folder} runs on the CPU here: on_device needs an NVIDIA GPU that it runs on"
@@ -335,29 +342,37 @@ class Pipeline:
         """
         return self._at_work().encode([self._passage(texts, clip_skip)])
 
-    def decode(self, latents: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+    def decode(self, latents: NDArray[np.float32], *, vae_tiling: bool | None = None) -> list[NDArray[np.float32]]:
         """Turn latents into images.
 
         Parameters
         ----------
         latents
             float32 of shape (images, 4, h, w), as the sampler leaves them.
+        vae_tiling
+            As in a call.
 
         Returns
         -------
         list
             float32 arrays of shape (8h, 8w, 3) in [0, 1].
 
+        Raises
+        ------
+        InputError
+            Tiles are asked for, and the bundle has no graphs for them or runs on a GPU.
+
         """
         return [
             np.ascontiguousarray(np.clip(image.transpose(1, 2, 0) / 2 + 0.5, 0, 1))
-            for image in self._at_work().decode(latents)
+            for image in self._ready(vae_tiling).decode(latents, vae_tiling=vae_tiling)
         ]
 
     def pictures(self, request: Request, latents: NDArray[np.float32]) -> list[Image]:
         """Decode a request's latents to PIL images whose ``info["parameters"]`` tells how they were made."""
         return [
-            to_pil(array, describe(self.bundle, request, image)) for image, array in enumerate(self.decode(latents))
+            to_pil(array, describe(self.bundle, request, image))
+            for image, array in enumerate(self.decode(latents, vae_tiling=request.vae_tiling))
         ]
 
     @property
@@ -369,6 +384,15 @@ class Pipeline:
     def engines(self) -> Engines:
         """The components at work; each is loaded when it is first needed."""
         return self._at_work()
+
+    def _ready(self, vae_tiling: bool | None) -> Engines:
+        """Give the engines, unless they shall decode in tiles and cannot."""
+        engines = self._at_work()
+        if check_tiling(vae_tiling, self.bundle.manifest) and not engines.tiles:
+            raise InputError(
+                f"{self.bundle.folder} runs on a GPU here, which decodes pictures whole: leave vae tiling out"
+            )
+        return engines
 
     def _at_work(self) -> Engines:
         with self._lock:

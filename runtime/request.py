@@ -14,6 +14,7 @@ from ..errors import InputError
 from .noise import check_seed
 from .samplers import default_sampler, resolve_sampler, sampler_table
 from .schedule import Schedule, check_count, is_number
+from .tiling import check_tiling
 from .work import Work, plan
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ class Request:
         The whole U-Net runs once in so many evaluations.
     work
         What each of the table's evaluations comes to.
+    vae_tiling
+        Whether images are decoded in tiles, or None to choose by their size.
 
     """
 
@@ -70,6 +73,7 @@ class Request:
     guidance_interval: tuple[float, float] | None
     cache_interval: int
     work: tuple[Work, ...]
+    vae_tiling: bool | None
 
     @property
     def guided(self) -> bool:
@@ -109,6 +113,7 @@ class Arguments(TypedDict, total=False):
     latents: ArrayLike | None
     guidance_interval: tuple[float, float] | None
     cache_interval: int
+    vae_tiling: bool | None
 
 
 def make_request(
@@ -129,6 +134,7 @@ def make_request(
     latents: ArrayLike | None = None,
     guidance_interval: tuple[float, float] | None = None,
     cache_interval: int = 1,
+    vae_tiling: bool | None = None,
 ) -> Request:
     """Check a call against the model and fill in what it leaves open; `Pipeline.__call__` documents the arguments.
 
@@ -184,6 +190,7 @@ def make_request(
         guidance_interval=interval,
         cache_interval=every,
         work=plan(sigmas, guided=scale > 1, guidance_interval=interval, cache_interval=every),
+        vae_tiling=check_tiling(vae_tiling, manifest),
     )
 
 

@@ -33,6 +33,9 @@ class Binding(Protocol):
     def run(self) -> None:
         """Compute the outputs from the inputs."""
 
+    def trim(self) -> None:
+        """Give back what `run` holds beside buffers and weights, until it runs again: a matter of memory alone."""
+
 
 class Session(Protocol):
     """A component of a bundle, loaded and ready to run. Sessions may be used by several threads at once."""
@@ -124,6 +127,10 @@ class Passage:
 class Engines(Protocol):
     """A bundle's components at work, on the host or on a GPU. Threads may share them."""
 
+    @property
+    def tiles(self) -> bool:
+        """Whether they decode in tiles."""
+
     def encode(self, passages: Sequence[Passage]) -> NDArray[np.float32]:
         """Return the text embeddings, float32 of shape (rows of all passages, 77, width)."""
 
@@ -137,8 +144,8 @@ class Engines(Protocol):
     ) -> NDArray[np.float32]:
         """Run the whole loop, of which nobody wants to see the steps, and return the last latents."""
 
-    def decode(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return the images, float32 of shape (N, 3, height, width), around [-1, 1]."""
+    def decode(self, latents: NDArray[np.float32], *, vae_tiling: bool | None = None) -> NDArray[np.float32]:
+        """Return the images, float32 of shape (N, 3, height, width), around [-1, 1]; see `.tiling` for the tiles."""
 
     def close(self) -> None:
         """Free everything. Nothing may be running."""

@@ -30,7 +30,15 @@ def workshop(request: pytest.FixtureRequest) -> Path:
     sources = [root / "constraints.txt", root / "bench" / "checkpoints.py", *sorted((root / "export").glob("*.py"))]
     sources += [
         root / "engines" / name
-        for name in ("attention.py", "bundle.py", "manifest.py", "prune.py", "publish.py", "shallow.py")
+        for name in (
+            "attention.py",
+            "bundle.py",
+            "decoder_parts.py",
+            "manifest.py",
+            "prune.py",
+            "publish.py",
+            "shallow.py",
+        )
     ]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     folder = cache.mkdir("workshop")

@@ -46,6 +46,7 @@ def generate(
     clip_skip: int | None,
     guidance_interval: tuple[float, float] | None,
     cache_interval: int,
+    vae_tiling: bool | None,
 ) -> dict[str, Any]:
     """Generate images and save them; the arguments are those of the command line.
 
@@ -78,6 +79,7 @@ def generate(
             clip_skip=clip_skip,
             guidance_interval=guidance_interval,
             cache_interval=cache_interval,
+            vae_tiling=vae_tiling,
         )
         paths = _paths(output, request)
         opened = time.perf_counter()

@@ -373,3 +373,6 @@ class NumpyBinding:
 
     def run(self) -> None:
         self.outputs[self.component.outputs[0].name][...] = compute(self.component.name, self.inputs)
+
+    def trim(self) -> None:
+        pass

@@ -47,6 +47,9 @@ class CountedBinding:
         self._calls[self._name, rows] += 1
         self._binding.run()
 
+    def trim(self) -> None:
+        self._binding.trim()
+
 
 class CountedSession:
     def __init__(self, name: str, session: Session, calls: Calls) -> None:

@@ -65,6 +65,11 @@ def interval(_ctx: click.Context, _param: click.Parameter, given: str | None) ->
     help="Approximate: the whole U-Net in every Kth step, its outermost blocks alone in the others.",
 )
 @click.option(
+    "--vae-tiling/--no-vae-tiling",
+    default=None,
+    help="Decode in tiles: less memory, more time, the same picture to rounding. [default: beyond 768x768 pixels]",
+)
+@click.option(
     "-o",
     "--output",
     type=click.Path(path_type=Path),

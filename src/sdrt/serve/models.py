@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _GUIDED = 2  # rows of the U-Net's batch for a guided picture
 _PREDICTION = "prediction"
-_BETWEEN_LOOPS = frozenset({"text_encoder", "vae_decoder", "vae_encoder"})
+_STEPPED = frozenset({"unet", "unet_shallow"})
 
 
 class Model:
@@ -95,7 +95,7 @@ class Model:
 
     def _wrap(self, name: str, session: Session) -> Session:
         component = self.pipeline.bundle.component(name)
-        shared = SharedSession(self._turns, session, component, stepped=name not in _BETWEEN_LOOPS)
+        shared = SharedSession(self._turns, session, component, stepped=name in _STEPPED)
         if name == "unet":
             self._unet = shared
         return shared

@@ -100,6 +100,10 @@ class SharedBinding:
         """Compute the outputs from the inputs, when it is this call's turn."""
         self._shared.turns.run(self)
 
+    def trim(self) -> None:
+        """Give back what the session holds beside buffers and weights, unless a call of it runs just now."""
+        self._own.trim()
+
     @property
     def joins(self) -> bool:
         """Whether it may become one with other calls of its key."""

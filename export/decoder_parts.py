@@ -1,0 +1,79 @@
+"""The VAE decoder's parts in a bundle: cut, written, and compared with the original as they work together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx
+import onnxruntime
+
+from ..engines.attention import write_merged
+from ..engines.bundle import hash_file, onnx_name
+from ..engines.decoder_parts import cut_decoder
+from ..engines.manifest import MEAN, VARIANCE, Component
+from .parity import judge
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from ..engines.decoder_parts import Part
+    from ..engines.manifest import TracedPrecision
+    from .parity import Case
+    from .trace import Signature
+
+
+def decoder_parts(
+    folder: Path, signature: Signature, cases: Sequence[Case], precision: TracedPrecision
+) -> tuple[Component, ...]:
+    """Cut the decoder that is in a folder into parts, which read its weights where they are.
+
+    Parameters
+    ----------
+    folder
+        Of the bundle that is being built.
+    signature, cases
+        Of the decoder, and what the original makes of some latents.
+    precision
+        Of the graph.
+
+    Raises
+    ------
+    ExportError
+        What the parts make together strays from the original.
+
+    """
+    decoder = onnx.load(folder / onnx_name("vae_decoder"), load_external_data=False)
+    parts = cut_decoder(decoder, signature.inputs[0], signature.outputs[0])
+    files = {}
+    for part in parts:
+        onnx.save(part.model, folder / onnx_name(part.name))
+        files[part.name] = tuple(hash_file(folder, graph) for graph in write_merged(folder, part.name))
+    measured = judge("VAE decoder's tiling", _results(folder, parts, cases), precision)
+    return tuple(
+        Component(part.name, precision, files[part.name], part.inputs, part.outputs, measured) for part in parts
+    )
+
+
+def _results(
+    folder: Path, parts: Sequence[Part], cases: Sequence[Case]
+) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
+    """Give the images that the parts make together, each over the whole picture, and those that they should make."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    graphs = [folder / onnx_name(part.name) for part in parts]
+    sessions = [onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"]) for graph in graphs]
+    for case in cases:
+        for latents, expected in zip(case.inputs[0], case.outputs[0], strict=True):
+            values = {parts[0].inputs[0].name: latents.numpy()[None]}
+            for part, session in zip(parts, sessions, strict=True):
+                given = {spec.name: values[spec.name] for spec in part.inputs if spec.name in values}
+                groups = next((spec.shape for spec in part.inputs if spec.name == MEAN), None)
+                if groups is not None:
+                    normalised = next(iter(given.values())).reshape(*groups, -1).astype(np.float64)
+                    given |= {MEAN: np.float32(normalised.mean(1)), VARIANCE: np.float32(normalised.var(1))}
+                (values[part.outputs[0].name],) = session.run(None, given)
+            yield values[parts[-1].outputs[0].name][0], expected.numpy()
