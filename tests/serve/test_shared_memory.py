@@ -151,6 +151,7 @@ def descriptors() -> int:
 
 
 def test_descriptors_are_kept_as_long_as_they_are_used(regions: Regions, memory: shared_memory.SharedMemory) -> None:
+    gc.collect()  # what earlier tests have left may hold some
     before = descriptors()
     regions.register("pixels", memory.name, 0, 4)
     view = regions.view("pixels", 0, 4)
