@@ -12,6 +12,7 @@ import numpy as np
 
 from ..errors import BackendError, MissingDependencyError, SdrtWarning
 from .common_rows import compute_once
+from .mapped_pages import let_go_of_pages
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -116,9 +117,12 @@ class OpenVinoSession:
                 except RuntimeError:  # a graph of somebody else's export
                     model = self._read(shapes)
             with self._cache.entry(name) as folder:
-                return self._compile_with(model, folder)
+                compiled = self._compile_with(model, folder)
         except (RuntimeError, MemoryError) as error:
             raise BackendError(f"openvino does not compile {self._graph}: {_last_line(error)}") from error
+        if self._weights is not None:
+            let_go_of_pages(self._weights)  # what is compiled has its own, in the layout of its instructions
+        return compiled
 
     def _read(self, shapes: _Shapes) -> Any:
         # The weights stay in their file, of which pages are read as they are needed.

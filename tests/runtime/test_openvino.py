@@ -7,9 +7,11 @@ import math
 import shutil
 import sys
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import openvino
 import pytest
 
 import sdrt
@@ -26,7 +28,6 @@ from . import tensorrt_stand_in
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
-    from pathlib import Path
 
     from sdrt.runtime.openvino import Precision
     from sdrt.runtime.session import Session
@@ -116,6 +117,33 @@ def test_components_compute_what_they_do_in_onnxruntime(some_bundle: Bundle, nam
     fp16 = some_bundle.manifest.precision == "fp16"
     assert relative(runs[0], expected) < (max(TOLERANCE[precision], 1e-2) if fp16 else TOLERANCE[precision])
     assert np.array_equal(runs[0], runs[1])
+
+
+def resident(file: Path) -> int:
+    """kB of a file that are mapped and in memory."""
+    found, ours = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split(maxsplit=1)[0]:
+            ours = line.endswith(f" {file}")
+        elif ours and line.startswith("Rss:"):
+            found += int(line.split()[1])
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="this is not Linux")
+def test_the_file_of_the_weights_takes_no_memory_beside_what_was_compiled(demo_bundle: Bundle, tmp_path: Path) -> None:
+    folder = tmp_path / "a folder"
+    shutil.copytree(demo_bundle.folder, folder)
+    weights = folder / "unet.onnx.data"
+    model = openvino.Core().read_model(folder / "unet.onnx")
+    compiled = openvino.compile_model(model, "CPU")
+    assert resident(weights) * 1024 > weights.stat().st_size * 0.8
+    with session(Bundle.open(folder), "unet", "fp32") as one:
+        found = compute(one, *example(demo_bundle, "unet"))["prediction"]
+        assert resident(weights) * 1024 < weights.stat().st_size * 0.4  # some are read in place
+    with session(demo_bundle, "unet", "fp32") as one:
+        assert np.array_equal(compute(one, *example(demo_bundle, "unet"))["prediction"], found)
+    del model, compiled
 
 
 @pytest.mark.skipif("default_precision() == 'fp32'")
