@@ -25,7 +25,7 @@ def step_row(backend: str, seconds: float, **peers: float) -> dict[str, Any]:
         "status": "done",
         "figures": {
             "backend": backend,
-            "sdrt": {"step": {"median": seconds}, "outside_engine": {"median": 0.001}},
+            "sdrt": {"step": {"median": seconds}, "peak_gb": 4.0, "outside_engine": {"median": 0.001}},
             "floor": {"bf16": {"gflops": 500.0, "step": 4.0}, "fp32": {"gflops": 200.0, "step": 8.0}},
             "peers": {
                 name.replace("_", "-"): {
