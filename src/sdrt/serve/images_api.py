@@ -238,7 +238,9 @@ class Order:
             index = 0
             while True:
                 try:
-                    image = await asyncio.wait_for(self._shown.get(), _PATIENCE_S)
+                    # Not wait_for: before Python 3.12 that forgets being cancelled when a picture comes as well.
+                    async with asyncio.timeout(_PATIENCE_S):
+                        image = await self._shown.get()
                 except TimeoutError:
                     yield ": at work\n\n"
                     continue

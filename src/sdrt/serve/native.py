@@ -212,12 +212,12 @@ class Order:
             self._send(error)
 
     def _finished(self, number: int, image: Image) -> bytes:
-        request = self.pictures[number].request
+        request, place = self.pictures[number].request, self._pixels
         pixels = image.tobytes()
-        if self._pixels is not None:
-            size = self._pixels.byte_size // len(self.pictures)
-            replace(self._pixels, offset=self._pixels.offset + number * size, byte_size=size).write(pixels)
-        sent = pixels if self._pixels is None else None
+        if place is not None:
+            size = place.byte_size // len(self.pictures)
+            replace(place, offset=place.offset + number * size, byte_size=size).write(pixels)
+        sent = pixels if place is None else None
         return frames.image(number, request.seeds[0], image.size, image.info["parameters"], sent)
 
     def _send(self, made: bytes | Exception) -> None:
@@ -237,7 +237,9 @@ class Order:
             yield frames.accepted(missing, len(first.table), first.width, first.height, waiting)
             while missing:
                 try:
-                    made = await asyncio.wait_for(self._made.get(), _PATIENCE_S)
+                    # Not wait_for: before Python 3.12 that forgets being cancelled when a frame comes as well.
+                    async with asyncio.timeout(_PATIENCE_S):
+                        made = await self._made.get()
                 except TimeoutError:
                     yield frames.at_work()
                     continue
@@ -253,6 +255,7 @@ class Order:
         finally:
             for picture in self.pictures:
                 picture.done.cancel()
+            self._pixels = None  # pictures and what they call refer to each other, and so would keep it open
 
     def _settings(self) -> dict[str, Any]:
         first = self._first
@@ -266,23 +269,26 @@ class Order:
             "seeds": [picture.request.seeds[0] for picture in self.pictures],
             "tokens": self._tokens,
             "seconds": round(time.perf_counter() - self._began, 6),
+            "phases": [
+                {phase: round(seconds, 6) for phase, seconds in picture.seconds.items()} for picture in self.pictures
+            ],
         }
 
 
 def _pixels(service: Service, fields: dict[str, Any], count: int, first: PictureRequest) -> View | None:
     """Find the memory that pictures are to be written into, if there is any."""
-    memory = _memory(service, fields, "pixels")
+    if (given := fields.get("pixels")) is None:
+        return None
     needed = count * first.width * first.height * _CHANNELS
-    if memory is not None and memory.byte_size < needed:
-        message = f"pixels.byte_size is {memory.byte_size}: expected at least {needed}"
+    if given["byte_size"] < needed:
+        message = f"pixels.byte_size is {given['byte_size']}: expected at least {needed}"
         raise RefusalError(400, message, param="pixels.byte_size")
-    return memory and replace(memory, byte_size=needed)
+    return replace(_memory(service, given, "pixels"), byte_size=needed)
 
 
 def _latents(service: Service, model: Model, fields: dict[str, Any], count: int) -> NDArray[np.float32] | None:
     """Read what pictures are to start from, if it is given."""
-    memory = _memory(service, fields, "latents")
-    if memory is None:
+    if (given := fields.get("latents")) is None:
         return None
     if not {"width", "height"} <= fields.keys():
         raise RefusalError(400, "latents are given without width and height: give both", param="latents")
@@ -290,15 +296,14 @@ def _latents(service: Service, model: Model, fields: dict[str, Any], count: int)
     service.check_size(model, width, height)
     shape = (count, 4, height // 8, width // 8)
     needed = 4 * int(np.prod(shape))
-    if memory.byte_size != needed:
-        message = f"latents.byte_size is {memory.byte_size}: expected {needed}, float32 of shape {shape}"
+    if given["byte_size"] != needed:
+        message = f"latents.byte_size is {given['byte_size']}: expected {needed}, float32 of shape {shape}"
         raise RefusalError(400, message, param="latents.byte_size")
-    return np.frombuffer(memory.read(), "<f4").reshape(shape).astype(np.float32)
+    content = _memory(service, given, "latents").read()
+    return np.frombuffer(content, "<f4").reshape(shape).astype(np.float32)
 
 
-def _memory(service: Service, fields: dict[str, Any], name: str) -> View | None:
-    if (given := fields.get(name)) is None:
-        return None
+def _memory(service: Service, given: dict[str, Any], name: str) -> View:
     try:
         return service.regions.borrow(given["key"], given.get("offset") or 0, given["byte_size"])
     except SharedMemoryOffError:

@@ -65,6 +65,8 @@ class Picture:
         Called by that thread with each step, when it is done.
     done
         The finished picture, or what went wrong. Cancelling it ends the work before the next step.
+    seconds
+        What took how long: ``queue``, ``prepare``, ``denoise`` and ``decode``, as `Metrics.phases` has them.
 
     """
 
@@ -75,6 +77,7 @@ class Picture:
     stepped: Callable[[Step], None] = lambda _: None
     done: Future[Image] = field(default_factory=Future)
     since: float = field(default_factory=time.perf_counter)
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 class Scheduler:
@@ -222,6 +225,7 @@ class Scheduler:
         return image
 
     def _observe(self, picture: Picture, phase: str, seconds: float) -> None:
+        picture.seconds[phase] = seconds
         self._metrics.phases.labels(picture.model.name, phase).observe(seconds)
 
     def _learn(self, seconds: float) -> None:
