@@ -18,7 +18,7 @@
  * Strings are UTF-8 and end with a NUL. Those given to the library are read during the call and not kept.
  *
  * Signals. The library installs no handler, sends no SIGPIPE and goes on after EINTR. sdrt_cancel alone may be called
- * from a handler. A process that forks must not use handles in the child, but for freeing its memory by exiting.
+ * from a handler. Handles are not for the child of a fork, but for being freed there, which leaves the parent's alone.
  */
 #ifndef SDRT_H
 #define SDRT_H
@@ -313,7 +313,8 @@ SDRT_API size_t sdrt_result_count(const sdrt_result *result);
 SDRT_API sdrt_status sdrt_result_image(const sdrt_result *result, size_t index, sdrt_image *image);
 
 /* The settings as a JSON object: model, sampler, num_inference_steps, guidance_scale, width, height, seeds, tokens (of
- * the prompts; the model reads 75) and seconds. Valid as long as the result; "" for NULL. */
+ * the prompts; the model reads 75), seconds, and phases with the seconds of queue, prepare, denoise and decode of each
+ * picture. Valid as long as the result; "" for NULL. */
 SDRT_API const char *sdrt_result_settings(const sdrt_result *result);
 
 /* Frees a result. NULL is allowed. */

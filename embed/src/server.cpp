@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <unistd.h>
 #include <utility>
 
 #include "connection.hpp"
@@ -114,7 +115,8 @@ class sdrt_server::Visit {
 };
 
 sdrt_server::sdrt_server(const sdrt_open_options &options)
-    : key_(text_or(options.api_key, "SDRT_API_KEY", "")),
+    : owner_(getpid()),
+      key_(text_or(options.api_key, "SDRT_API_KEY", "")),
       connect_ms_(or_default(options.connect_timeout_ms, kConnectMs)),
       silence_ms_(or_default(options.silence_timeout_ms, kSilenceMs)) {
   if ((options.address == nullptr) == (options.bundle == nullptr)) {
@@ -144,6 +146,9 @@ sdrt_server::sdrt_server(const sdrt_open_options &options)
 }
 
 sdrt_server::~sdrt_server() {
+  if (getpid() != owner_) {
+    return;  // in a fork of the owner nobody is left that could be waited for
+  }
   std::unique_lock<std::mutex> lock(mutex_);
   closing_ = true;
   closing_event_.fire();

@@ -8,6 +8,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <sys/types.h>
 
 #include "address.hpp"
 #include "descriptor.hpp"
@@ -41,6 +42,7 @@ struct sdrt_server {
   void wait_until_ready(const sdrt_internal::Patience &patience);
   void check_address(const sdrt_internal::Patience &patience);
 
+  const pid_t owner_;
   sdrt_internal::Address address_;
   std::string key_;
   std::uint32_t connect_ms_;

@@ -170,6 +170,11 @@ void ServerProcess::start(const Launch &launch, int output) {
 }
 
 ServerProcess::~ServerProcess() {
+  if (getpid() != owner_) {
+    // A fork of the owner: the child is not its own, and a thread that is not there cannot be joined nor let go of.
+    new std::thread(std::move(reader_));
+    return;
+  }
   signal(SIGTERM);
   if (!has_ended(kPatienceMs)) {
     signal(SIGKILL);

@@ -9,6 +9,7 @@
 #include <string>
 #include <sys/types.h>
 #include <thread>
+#include <unistd.h>
 #include <vector>
 
 #include "descriptor.hpp"
@@ -51,6 +52,7 @@ class ServerProcess {
   void signal(int number);
   void remove_folder() const;
 
+  const pid_t owner_ = getpid();
   std::string folder_;
   std::string socket_path_;
   sdrt_log_fn log_;

@@ -16,14 +16,14 @@ using sdrt_internal::Failure;
 using sdrt_internal::random_name;
 using sdrt_internal::system_failure;
 
-sdrt_buffer::sdrt_buffer(std::string name, std::size_t size, bool owned)
-    : name_(std::move(name)), size_(size), owned_(owned) {}
+sdrt_buffer::sdrt_buffer(std::string name, std::size_t size, pid_t owner)
+    : name_(std::move(name)), size_(size), owner_(owner) {}
 
 sdrt_buffer::~sdrt_buffer() {
   if (data_ != nullptr) {
     munmap(data_, size_);
   }
-  if (owned_) {
+  if (owner_ == getpid()) {
     shm_unlink(name_.c_str());
   }
 }
@@ -37,7 +37,7 @@ std::unique_ptr<sdrt_buffer> sdrt_buffer::create(std::size_t size) {
   if (object.get() < 0) {
     throw system_failure("no shared memory can be made", errno);
   }
-  std::unique_ptr<sdrt_buffer> buffer(new sdrt_buffer(name, size, true));
+  std::unique_ptr<sdrt_buffer> buffer(new sdrt_buffer(name, size, getpid()));
   // Memory that is not there would end the process when it is first touched.
   int code = 0;
   do {
@@ -63,7 +63,7 @@ std::unique_ptr<sdrt_buffer> sdrt_buffer::attach(const std::string &name, std::s
                                              std::to_string(facts.st_size) + " bytes, which \"" + name.substr(0, 200) +
                                              "\" has");
   }
-  std::unique_ptr<sdrt_buffer> buffer(new sdrt_buffer(name, size, false));
+  std::unique_ptr<sdrt_buffer> buffer(new sdrt_buffer(name, size, 0));
   buffer->map(object.get());
   return buffer;
 }

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <memory>
 #include <string>
+#include <sys/types.h>
 
 #include "sdrt.h"
 
@@ -23,12 +24,12 @@ struct sdrt_buffer {
   const std::string &name() const { return name_; }
 
  private:
-  sdrt_buffer(std::string name, std::size_t size, bool owned);
+  sdrt_buffer(std::string name, std::size_t size, pid_t owner);
   void map(int descriptor);
 
   std::string name_;
   std::size_t size_;
-  bool owned_;  // whether the object goes with this
+  pid_t owner_;  // the process with whose buffer the object goes, not one that it has forked; 0 for none
   void *data_ = nullptr;
 };
 

@@ -60,8 +60,11 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         with locked(base / f"embed-{sanitizers}.lock", str(folder), patience_s=PATIENCE_S):
             if not done.exists():
                 options = ["-DSDRT_WERROR=ON", "-DSDRT_BUILD_TESTS=ON", f"-DSDRT_SANITIZE={SANITIZERS[sanitizers]}"]
-                kind = "Release" if sanitizers == "plain" else "Debug"
-                run("cmake", "-S", EMBED, "-B", folder, f"-DCMAKE_BUILD_TYPE={kind}", *options)
+                if sanitizers == "plain":
+                    options += ["-DCMAKE_BUILD_TYPE=Release"]
+                else:
+                    options += ["-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_CXX_FLAGS_DEBUG=-g1", "-DSDRT_BUILD_EXAMPLES=OFF"]
+                run("cmake", "-S", EMBED, "-B", folder, *options)
                 run("cmake", "--build", folder, "--parallel", "2")
                 done.touch()
         return folder

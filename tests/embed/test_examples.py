@@ -129,11 +129,13 @@ def test_what_the_service_answers(
 
 def test_whose_client_goes_is_not_worked_for(service: tuple[subprocess.Popen[str], str], sharing: Server) -> None:
     process, url = service
+    before = sharing.figure("sdrt_steps_total")
     with subprocess.Popen(
         ["curl", "-s", f"{url}/picture?prompt=a+star&steps=1000"], stdout=subprocess.DEVNULL
     ) as asking:
         until("it runs", lambda: sharing.figure("sdrt_running_images") == 1)
         asking.kill()
-    until("it has stopped", lambda: sharing.figure("sdrt_running_images") == 0, within_s=10)
+    until("it has stopped", lambda: sharing.figure("sdrt_running_images") == 0)
+    assert sharing.figure("sdrt_steps_total") < before + 1000
     process.send_signal(signal.SIGTERM)
     assert process.wait(PATIENCE_S) == 0
