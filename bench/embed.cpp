@@ -44,11 +44,15 @@ int main(int count, char **words) {
     std::vector<std::uint8_t> memory(size);
     const sdrt::Buffer buffer(size);
     double first = 0;
+    double first_took = 0;
     double last = 0;
     params.progress = [&](const sdrt_progress &progress) {
       if (progress.event == SDRT_STEP) {
         last = now();
-        first = first == 0 ? last : first;
+        if (progress.step == 1) {
+          first = last;
+          first_took = progress.seconds;
+        }
       }
       return true;
     };
@@ -57,12 +61,12 @@ int main(int count, char **words) {
       params.pixels_buffer = shared ? &buffer : nullptr;
       params.pixels = shared ? nullptr : memory.data();
       params.pixels_size = shared ? 0 : size;
-      first = 0;
       const double called = now();
       const sdrt::Result result = server.generate(params);
       const double returned = now();
-      std::printf("{\"called\": %.9f, \"first\": %.9f, \"last\": %.9f, \"returned\": %.9f, \"sum\": %u}\n", called, first,
-                  last, returned, sum(result[0]));
+      std::printf("{\"called\": %.9f, \"first\": %.9f, \"first_took\": %.9f, \"last\": %.9f, ", called, first, first_took,
+                  last);
+      std::printf("\"returned\": %.9f, \"sum\": %u, \"settings\": %s}\n", returned, sum(result[0]), result.settings());
       std::fflush(stdout);
     }
   } catch (const std::exception &error) {
