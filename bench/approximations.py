@@ -1,8 +1,8 @@
 """What less work costs: ``python -m bench.approximations [--bundle NAME|DIR] [--backend NAME] [--sampler NAME] ...``.
 
-Settings of ``guidance_interval`` and ``cache_interval`` are timed beside the exact one, taking turns, and each kind of
-evaluation of the U-Net by itself. With the demo model the pictures of prompts that it never saw are judged, and
-compared with the exact ones. Peak memory is that of ``sdrt run`` in a process of its own. Results go to
+Settings of ``guidance_interval``, ``cache_interval`` and ``encoder_interval`` are timed beside the exact one, taking
+turns, and each kind of evaluation of the U-Net by itself. With the demo model the pictures of prompts that it never saw
+are judged, and compared with the exact ones. Peak memory is that of ``sdrt run`` in a process of its own. Results go to
 ``bench/results/approximations-BUNDLE-SAMPLER.json``.
 """
 
@@ -32,6 +32,8 @@ from sdrt.runtime.samplers import default_sampler
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from sdrt.runtime.work import Work
+
 Setting = dict[str, Any]
 
 INTERVAL: Final = (0.3, 5.0)
@@ -44,6 +46,15 @@ SETTINGS: Final[dict[str, Setting]] = {
     "cache 3": {"cache_interval": 3},
     "cache 4": {"cache_interval": 4},
     "cache 5": {"cache_interval": 5},
+    "encoder 2": {"encoder_interval": 2},
+    "encoder 3": {"encoder_interval": 3},
+    "guidance 0.3 to 5, encoder 2": {"guidance_interval": INTERVAL, "encoder_interval": 2},
+    "guidance 0.3 to 5, encoder 3": {"guidance_interval": INTERVAL, "encoder_interval": 3},
+    "guidance 0.3 to 5, cache 2, encoder 2": {
+        "guidance_interval": INTERVAL,
+        "cache_interval": 2,
+        "encoder_interval": 2,
+    },
     "guidance 0.3 to 5, cache 3": {"guidance_interval": INTERVAL, "cache_interval": 3},
     "guidance 0.3 to 5, cache 5": {"guidance_interval": INTERVAL, "cache_interval": 5},
     "guidance 0.5 to 3, cache 3": {"guidance_interval": NARROW, "cache_interval": 3},
@@ -51,9 +62,10 @@ SETTINGS: Final[dict[str, Setting]] = {
 }
 
 
-def kind(*, guided: bool, whole: bool) -> str:
+def kind(work: Work) -> str:
     """Name a kind of evaluation."""
-    return f"{'whole U-Net' if whole else 'outer blocks'}, {'with and without prompt' if guided else 'prompt alone'}"
+    part = "decoder alone" if work.reuses_encoder else "whole U-Net" if work.whole else "outer blocks"
+    return f"{part}, {'with and without prompt' if work.guided else 'prompt alone'}"
 
 
 def timed(pipe: sdrt.Pipeline, rounds: int, **common: Any) -> tuple[dict[str, Any], dict[str, float]]:
@@ -71,12 +83,13 @@ def timed(pipe: sdrt.Pipeline, rounds: int, **common: Any) -> tuple[dict[str, An
     kinds: dict[str, list[float]] = defaultdict(list)
     evaluations: dict[str, dict[str, int]] = {}
     manifest = pipe.bundle.manifest
-    for each in ({}, {"guidance_interval": INTERVAL, "cache_interval": 2}):  # loads what there is, and fills caches
+    approximate = {"guidance_interval": INTERVAL, "cache_interval": 2}
+    for each in ({}, approximate, approximate | {"encoder_interval": 2}):  # loads what there is, and fills caches
         pipe(PROMPT, seed=0, output_type="np", **common | {"num_inference_steps": 4} | each)
     for round_ in range(rounds):
         for name, setting in SETTINGS.items():
             request = make_request(manifest, PROMPT, seed=round_, **common | setting)
-            works = [kind(guided=work.guided, whole=work.whole) for work in request.work]
+            works = [kind(work) for work in request.work]
             evaluations[name] = dict(Counter(works))
             began = time.perf_counter()
             loop = 0.0
@@ -131,6 +144,7 @@ def memory(bundle: Path, backend: str, sampler: str) -> dict[str, float]:
         "exact": (),
         "guidance 0.3 to 5": ("--guidance-interval", "0.3,5"),
         "cache 2": ("--cache-interval", "2"),
+        "encoder 2": ("--encoder-interval", "2"),
         "guidance 0.3 to 5, cache 2": ("--guidance-interval", "0.3,5", "--cache-interval", "2"),
     }
     with tempfile.TemporaryDirectory() as folder:
@@ -163,7 +177,7 @@ def table(results: dict[str, Any]) -> str:
 def main() -> None:
     """Measure, print and keep."""
     parser = argparse.ArgumentParser(prog="python -m bench.approximations", description=__doc__.split(":")[0])
-    parser.add_argument("--bundle", default=demo.NAME, help="a bundle with a graph for feature caching")
+    parser.add_argument("--bundle", default=demo.NAME, help="with graphs for feature caching and encoder reuse")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--sampler", help="by default the model's")
     parser.add_argument("--steps", type=int, default=20)
@@ -185,13 +199,14 @@ def main() -> None:
             "sampler": sampler,
             "steps": options.steps,
             "rounds": options.rounds,
+            # First: the peak of a process begins with the memory of the one that has started it.
+            "peak memory GB": memory(folder, backend, sampler),
         }
         results["settings"], results["evaluation seconds"] = timed(pipe, options.rounds, **common)
         if manifest.model.source == demo.NAME:
             results["prompts of each kind"] = options.prompts
             for name, figures in judged(pipe, options.prompts, **common).items():
                 results["settings"][name] |= figures
-    results["peak memory GB"] = memory(folder, backend, sampler)
     results["load average after"] = [round(value, 1) for value in os.getloadavg()]
     output = options.output or RESULTS / f"approximations-{folder.name}-{sampler}.json"
     output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

@@ -12,36 +12,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from .cut import Part, channels_of, copy_making, dtype_of, set_ends
 from .manifest import DECODER_HEAD, DECODER_STAGE, HIDDEN, MEAN, VARIANCE, DimRange, TensorSpec
-from .prune import prune
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
     import onnx
 
 _TILED_UPSAMPLINGS = 2
-
-
-@dataclass(frozen=True)
-class Part:
-    """A piece of the decoder.
-
-    Attributes
-    ----------
-    name
-        Of the component.
-    model
-        Its graph, whose weights are where the decoder's are.
-    inputs, outputs
-        In the graph's order.
-
-    """
-
-    name: str
-    model: onnx.ModelProto
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
 
 
 @dataclass(frozen=True)
@@ -119,11 +98,11 @@ def _norms(graph: onnx.GraphProto, begin: int) -> Iterator[_Norm]:
 
 def _head(decoder: onnx.ModelProto, target: str, latents: TensorSpec, scale: int) -> Part:
     """Cut out what comes before the first value at which the decoder is cut."""
-    model = _making(decoder, list(decoder.graph.node), target)
+    model = copy_making(decoder, list(decoder.graph.node), [target])
     sides = [_scaled(side, f"hidden_{side.name}", scale) for side in latents.shape if isinstance(side, DimRange)][1:]
-    output = TensorSpec(HIDDEN.format(0), "float32", (1, _channels(decoder, target), *sides))
+    output = TensorSpec(HIDDEN.format(0), "float32", (1, channels_of(decoder, target), *sides))
     inputs = (TensorSpec(latents.name, latents.dtype, (1, *latents.shape[1:])),)
-    _set_ends(model, inputs, {}, (target, output), _dtype(decoder, target))
+    set_ends(model, inputs, {}, {target: output}, dtype_of(decoder, target))
     return Part(DECODER_HEAD, model, inputs, (output,))
 
 
@@ -134,23 +113,23 @@ def _stage(decoder: onnx.ModelProto, cuts: Sequence[str], number: int, norm: _No
     statistics: tuple[TensorSpec, ...] = ()
     if norm is not None:
         (place,) = (index for index, node in enumerate(nodes) if norm.result in node.output)
-        nodes[place : place + 1] = _normalise(norm, _channels(decoder, norm.source))
+        nodes[place : place + 1] = _normalise(norm, channels_of(decoder, norm.source))
         statistics = tuple(TensorSpec(name, "float32", (norm.groups,)) for name in (MEAN, VARIANCE))
-    model = _making(decoder, nodes, target)
+    model = copy_making(decoder, nodes, [target])
     read = {name for node in model.graph.node for name in node.input}
     tile = (DimRange("rows", 1, most), DimRange("columns", 1, most))
     # What the stage goes on from, and then, if anything, what it adds to that.
     given = {
-        source: TensorSpec(HIDDEN.format(index), "float32", (1, _channels(decoder, source), *tile))
+        source: TensorSpec(HIDDEN.format(index), "float32", (1, channels_of(decoder, source), *tile))
         for index, source in reversed(list(enumerate(before)))
         if source in read
     }
     doubles = any(node.op_type == "Resize" for node in model.graph.node)
     sides = tuple(_scaled(side, f"doubled_{side.name}", 2) for side in tile) if doubles else tile
     name = HIDDEN.format(number) if number < len(cuts) - 1 else target
-    output = TensorSpec(name, "float32", (1, _channels(decoder, target), *sides))
+    output = TensorSpec(name, "float32", (1, channels_of(decoder, target), *sides))
     inputs = (*given.values(), *statistics)
-    _set_ends(model, inputs, given, (target, output), _dtype(decoder, before[0]))
+    set_ends(model, inputs, given, {target: output}, dtype_of(decoder, before[0]))
     return Part(DECODER_STAGE.format(number), model, inputs, (output,))
 
 
@@ -184,74 +163,6 @@ def _normalise(norm: _Norm, channels: int) -> list[onnx.NodeProto]:
     summand = node("Sub", [norm.bias, offset], "summand")
     node("Add", [node("Mul", [norm.wide, factor], "scaled"), summand], norm.result)
     return made
-
-
-def _making(decoder: onnx.ModelProto, nodes: Sequence[onnx.NodeProto], target: str) -> onnx.ModelProto:
-    """Copy the decoder with other nodes, and of these with those alone that make one value."""
-    import onnx  # noqa: PLC0415 - only a build makes graphs
-
-    model = onnx.ModelProto()
-    model.CopyFrom(decoder)
-    del model.graph.output[:]
-    model.graph.output.add().name = target
-    prune(model.graph, nodes)
-    # They have other sizes now, under the names of the whole's.
-    del model.graph.value_info[:]
-    return model
-
-
-def _set_ends(
-    model: onnx.ModelProto,
-    inputs: Sequence[TensorSpec],
-    given: Mapping[str, TensorSpec],
-    made: tuple[str, TensorSpec],
-    dtype: int,
-) -> None:
-    """Give a graph its inputs and its output, float32 outside whatever the layers compute in, in place."""
-    from onnx import TensorProto, helper  # noqa: PLC0415
-
-    graph = model.graph
-    names = {source: spec.name for source, spec in given.items()} | {made[0]: made[1].name}
-    if dtype == TensorProto.FLOAT:
-        for node in graph.node:
-            node.input[:] = [names.get(name, name) for name in node.input]
-            node.output[:] = [names.get(name, name) for name in node.output]
-    else:
-        enter = [
-            helper.make_node("Cast", [spec.name], [source], name=f"{spec.name}_cast", to=dtype)
-            for source, spec in given.items()
-        ]
-        nodes = [*enter, *graph.node]
-        if made[0] != made[1].name:
-            nodes.append(
-                helper.make_node("Cast", [made[0]], [made[1].name], name=f"{made[1].name}_cast", to=TensorProto.FLOAT)
-            )
-        del graph.node[:]
-        graph.node.extend(nodes)
-    del graph.input[:], graph.output[:]
-    graph.input.extend(map(_value, inputs))
-    graph.output.append(_value(made[1]))
-
-
-def _value(spec: TensorSpec) -> onnx.ValueInfoProto:
-    from onnx import TensorProto, helper  # noqa: PLC0415
-
-    shape = [size if isinstance(size, int) else size.name for size in spec.shape]
-    return helper.make_tensor_value_info(spec.name, TensorProto.FLOAT, shape)
-
-
-def _info(decoder: onnx.ModelProto, name: str) -> onnx.TypeProto.Tensor:
-    (value,) = (each for each in (*decoder.graph.value_info, *decoder.graph.output) if each.name == name)
-    found: onnx.TypeProto.Tensor = value.type.tensor_type
-    return found
-
-
-def _channels(decoder: onnx.ModelProto, name: str) -> int:
-    return int(_info(decoder, name).shape.dim[1].dim_value)
-
-
-def _dtype(decoder: onnx.ModelProto, name: str) -> int:
-    return int(_info(decoder, name).elem_type)
 
 
 def _scaled(side: DimRange, name: str, scale: int) -> DimRange:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..errors import BundleCorruptError
-from .manifest import DECODER_HEAD, DECODER_STAGE, MEAN, VARIANCE, is_decoder_part
+from .manifest import DECODER_HEAD, DECODER_STAGE, MEAN, UNET_HALVES, VARIANCE, is_decoder_part
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def check_handover(components: Sequence[Component]) -> None:
-    """Check the U-Net's outermost blocks and the VAE decoder's parts, where there are any.
+    """Check the U-Net's outermost blocks and halves, and the VAE decoder's parts, where there are any.
 
     Raises
     ------
@@ -26,9 +26,23 @@ def check_handover(components: Sequence[Component]) -> None:
     if shallow := by_name.get("unet_shallow"):
         unet = by_name["unet"]
         _check_inputs(shallow, _names(unet), f"and {unet.name} neither takes nor gives it")
+    halves = [by_name[name] for name in UNET_HALVES if name in by_name]
+    if halves:
+        _check_halves(halves, by_name["unet"])
     parts = [component for component in components if is_decoder_part(component.name)]
     if parts:
         _check_parts(parts, by_name["vae_decoder"])
+
+
+def _check_halves(halves: Sequence[Component], unet: Component) -> None:
+    if len(halves) == 1:
+        raise BundleCorruptError(f"bundle.json: components has {halves[0].name} without the U-Net's other half")
+    offered = {tensor.name for tensor in unet.inputs}
+    for half in halves:
+        _check_inputs(half, offered, "and no part of the U-Net before it gives it")
+        offered |= {tensor.name for tensor in half.outputs}
+    if missing := [tensor.name for tensor in unet.outputs if tensor.name not in offered]:
+        raise BundleCorruptError(f"bundle.json: components has halves of the U-Net, and none gives {missing[0]!r}")
 
 
 def _check_parts(parts: Sequence[Component], decoder: Component) -> None:

@@ -16,13 +16,20 @@ from typing import Any, Literal
 
 SCHEMA_VERSION = 1
 
+#: The U-Net's encoder and decoder, which make together what the whole does.
+UNET_HALVES = ("unet_encoder", "unet_decoder")
+
 #: The parts of Stable Diffusion v1, in the order in which they run; the first three make images of prompts. The VAE
-#: encoder is for image-to-image, the last, the U-Net's outermost blocks, for feature caching.
-COMPONENT_NAMES = ("text_encoder", "unet", "vae_decoder", "vae_encoder", "unet_shallow")
+#: encoder is for image-to-image, the U-Net's outermost blocks for feature caching, and its halves for encoder reuse.
+COMPONENT_NAMES = ("text_encoder", "unet", "vae_decoder", "vae_encoder", "unet_shallow", *UNET_HALVES)
 REQUIRED_COMPONENTS = COMPONENT_NAMES[:3]
 
 #: What `unet` gives beside the prediction, and `unet_shallow` takes.
 DEEP_FEATURES = "deep_features"
+
+#: What `unet_encoder` hands to `unet_decoder`: the features of its levels, in order, and those of the middle block.
+SKIP = "skip_{}"
+MIDDLE = "middle"
 
 #: The VAE decoder in parts, for decoding in tiles: its beginning, which runs whole, and the stages after it, from 1.
 DECODER_HEAD = "vae_decoder_head"
@@ -264,7 +271,7 @@ def weights_owner(component: str) -> str | None:
     """Name the component whose external data a component's graphs read, where they have no weights of their own."""
     if is_decoder_part(component):
         return "vae_decoder"
-    return "unet" if component == "unet_shallow" else None
+    return "unet" if component.startswith("unet_") else None
 
 
 def utc_now() -> str:

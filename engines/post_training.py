@@ -105,18 +105,22 @@ class QuantizedUnet:
         """Give the graph without the quantisers of the layers that are left alone; all weights are float32 still."""
         return without(self._full, self.left_alone)
 
-    def parity(self, graph: Path) -> Parity:
+    def parity(self, *graphs: Path) -> Parity:
         """Compare the prediction of a graph in a file with the original's, on the steps that are held out.
 
-        A graph of the outermost blocks is given the original's deep features.
+        A graph of the outermost blocks is given the original's deep features; of several graphs each is given what
+        those before it make.
         """
         self._tell("U-Net: comparing with the original", 0)
-        session = _session(str(graph))
-        inputs = [each.name for each in session.get_inputs()]
+        sessions = [_session(str(graph)) for graph in graphs]
         found = []
         for sample, original in zip(self._held_out, self._original, strict=True):
-            told = {name: sample[name] if name in sample else original[name] for name in inputs}
-            found += _run(session, [told])
+            known = {**original, **sample}
+            for session in sessions:
+                outputs = [each.name for each in session.get_outputs()]
+                told = {each.name: known[each.name] for each in session.get_inputs()}
+                known |= dict(zip(outputs, session.run(outputs, told), strict=True))
+            found.append(known[_PREDICTION])
             self._tell("U-Net: comparing with the original", 1)
         expected = np.stack([original[_PREDICTION] for original in self._original])
         reference = f"its fp32 graph in onnxruntime {importlib.metadata.version('onnxruntime')}"

@@ -21,11 +21,12 @@ from ..errors import InputError, MissingDependencyError
 from . import store
 from .attention import write_merged
 from .bundle import Bundle, hash_file, onnx_data_name, onnx_name, write_manifest
-from .manifest import Component, Parity, utc_now
+from .manifest import UNET_HALVES, Component, Parity, utc_now
 from .post_training import QuantizedUnet, Samples
 from .publish import publishing
 from .quantizers import store_weights
 from .shallow import outer_blocks
+from .unet_parts import cut_unet
 from .verified import verify_once
 
 if TYPE_CHECKING:
@@ -125,11 +126,11 @@ def quantize_bundle(
         store.check_name(name)
     title = name or (output.name if output is not None else default_name(source.name))
     target = output if output is not None else store.place(title)
-    others = [part for part in source.manifest.components if part.name not in {_UNET, _SHALLOW}]
+    others = [part for part in source.manifest.components if part.name not in {_UNET, _SHALLOW, *UNET_HALVES}]
     weights = sum(entry.bytes for entry in source.component(_UNET).files)
     kept = sum(entry.bytes for part in others for entry in part.files)
     with publishing(target, force=force, expected_bytes=kept + weights // 2) as folder:
-        progress = _Progress(report, weights, 2 * len(samples.seen) + 3 * len(samples.held_out))
+        progress = _Progress(report, weights, 2 * len(samples.seen) + 4 * len(samples.held_out))
         for part in source.manifest.components:
             progress.tell(f"{part.name}: verifying")
             verify_once(source, part.name)
@@ -186,6 +187,12 @@ def _quantized(
         graphs = _save(outer_blocks(model), folder, _SHALLOW)
         parity = unet.parity(folder / graphs[-1])
         made[_SHALLOW] = _described(source.component(_SHALLOW), folder, graphs, parity)
+    if source.has(UNET_HALVES[0]):
+        parts = cut_unet(model, component.inputs, component.outputs)
+        written = [_save(part.model, folder, part.name) for part in parts]
+        parity = unet.parity(*(folder / graphs[-1] for graphs in written))
+        for part, graphs in zip(parts, written, strict=True):
+            made[part.name] = _described(source.component(part.name), folder, graphs, parity)
     return made
 
 

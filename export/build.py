@@ -33,6 +33,7 @@ from . import modules, parity
 from .checkpoint import checkpoint_name, read_checkpoint
 from .decoder_parts import decoder_parts
 from .trace import OPSET, examples, signatures, trace
+from .unet_parts import unet_parts
 from .vocabulary import write_tokenizer
 
 if TYPE_CHECKING:
@@ -226,8 +227,11 @@ def _components(
     traced = [_component(job, described[job.name], folder, precision, progress) for job in jobs]
     progress.stage("U-Net: cutting out its outermost blocks")
     shallow = _shallow(folder, described["unet_shallow"], unet_cases(), precision)
+    progress.stage("U-Net: cutting it into encoder and decoder")
+    halves = unet_parts(folder, described["unet"], unet_cases(), precision)
     progress.stage("VAE decoder: cutting it for tiles")
-    return (*traced, shallow, *decoder_parts(folder, described["vae_decoder"], autoencoder_cases()[0], precision))
+    tiled = decoder_parts(folder, described["vae_decoder"], autoencoder_cases()[0], precision)
+    return (*traced, shallow, *halves, *tiled)
 
 
 def _described(checkpoint: Checkpoint) -> dict[str, Signature]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from ..engines.decoder_parts import Part
+    from ..engines.cut import Part
     from ..engines.manifest import TracedPrecision
     from .parity import Case
     from .trace import Signature

@@ -167,23 +167,41 @@ def measure(
         The relative L2 error is beyond the threshold, or the output is not finite.
 
     """
-    return judge(component, _results(graphs, signature, cases), precision)
+    return measure_chains(component, [[graph] for graph in graphs], signature, cases, precision)
+
+
+def measure_chains(
+    component: str,
+    chains: Sequence[Sequence[Path]],
+    signature: Signature,
+    cases: list[Case],
+    precision: TracedPrecision,
+) -> Parity:
+    """Run graphs that make together what a component makes, each going on from those before it, and compare.
+
+    Parameters and what is returned and raised are those of `measure`, but for several chains of graphs.
+    """
+    return judge(component, _results(chains, signature, cases), precision)
 
 
 def _results(
-    graphs: Sequence[Path], signature: Signature, cases: list[Case]
+    chains: Sequence[Sequence[Path]], signature: Signature, cases: list[Case]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     # The arena would keep the memory of the largest case on top of the weights.
     options.enable_cpu_mem_arena = False
-    for graph in graphs:
-        session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    for chain in chains:
+        sessions = [onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"]) for graph in chain]
         for case in cases:
-            feeds = {spec.name: value.numpy() for spec, value in zip(signature.inputs, case.inputs, strict=True)}
-            for found, expected in zip(session.run(None, feeds), case.outputs, strict=True):
-                yield found, expected.numpy()
-        del session
+            known = {spec.name: value.numpy() for spec, value in zip(signature.inputs, case.inputs, strict=True)}
+            for session in sessions:
+                names = [output.name for output in session.get_outputs()]
+                told = {each.name: known[each.name] for each in session.get_inputs()}
+                known |= dict(zip(names, session.run(names, told), strict=True))
+            for spec, expected in zip(signature.outputs, case.outputs, strict=True):
+                yield known[spec.name], expected.numpy()
+        del sessions
 
 
 def judge(component: str, results: Iterable[tuple[np.ndarray, np.ndarray]], precision: TracedPrecision) -> Parity:

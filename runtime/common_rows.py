@@ -26,7 +26,7 @@ def compute_once(model: Any) -> bool:
     Returns
     -------
     bool
-        Whether it was changed: not if the batch is odd.
+        Whether it was changed: not if the batch is odd, nor if it reads no latents.
 
     Raises
     ------
@@ -36,10 +36,10 @@ def compute_once(model: Any) -> bool:
     """
     from openvino import opset13  # noqa: PLC0415 - imported already, by whoever made the model
 
-    (latents,) = (node for node in model.get_parameters() if node.friendly_name == _LATENTS)
-    rows = latents.get_output_shape(0)[0]
-    if rows % 2:
+    latents = next((node for node in model.get_parameters() if node.friendly_name == _LATENTS), None)
+    if latents is None or latents.get_output_shape(0)[0] % 2:
         return False
+    rows = latents.get_output_shape(0)[0]
     nodes = model.get_ordered_ops()
     common = _common(nodes)
     shapes = {node.friendly_name: list(node.output(0).shape) for node in common}
@@ -61,6 +61,9 @@ def compute_once(model: Any) -> bool:
         after = [each for each in node.output(0).get_target_inputs() if each.get_node().friendly_name not in names]
         if after := [each for each in after if each.get_node().get_type_name() != "ShapeOf"]:
             whole = opset13.concat([node, node], 0)
+            # An output of the model goes by the name of what gives it.
+            whole.output(0).set_names(node.output(0).get_names())
+            node.output(0).set_names(set())
             for target in after:
                 target.replace_source_output(whole.output(0))
     model.validate_nodes_and_infer_types()

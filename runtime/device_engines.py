@@ -268,7 +268,7 @@ class DeviceEngines:
         """Give a loop to a request; it is kept for the next one of the same shape, unless it failed."""
         if not request.exact:
             raise BackendError(
-                "guidance interval and cache interval are for the CPU alone so far: leave them out, or run an ONNX "
+                "guidance, cache and encoder interval are for the CPU alone so far: leave them out, or run an ONNX "
                 "bundle with CUDA_VISIBLE_DEVICES= to hide the GPU"
             )
         shape = (len(request.seeds), *request.latent_shape)

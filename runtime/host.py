@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from ..engines.manifest import DEEP_FEATURES
 from .loop import denoise
-from .predictor import Predictor, evaluation_shapes
+from .predictor import Predictor, component_names, evaluation_shapes
 from .tiling import decode_in_tiles, wants_tiles
+from .work import Work
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Sequence
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from .loop import Step
     from .request import Request
     from .session import Binding, Passage, Session
-    from .work import Work
 
 T = TypeVar("T")
 
@@ -50,7 +49,6 @@ class HostEngines:
     def __init__(self, manifest: Manifest, open_session: Callable[[str], Session]) -> None:
         self._manifest = manifest
         self._text = manifest.text
-        self._feature_channels = _feature_channels(manifest)
         self._open_session = open_session
         self._lock = threading.Lock()
         self._turns: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
@@ -96,16 +94,22 @@ class HostEngines:
         try:
             return (yield from denoise(request.table, initial, Predictor(request, embeddings, bound), draw_noise))
         finally:
-            for binding in bound.values():
-                binding.trim()  # for the decoder, whose activations are as large
+            for each in bound.values():
+                for binding in each:
+                    binding.trim()  # for the decoder, whose activations are as large
 
-    def _bindings(self, request: Request) -> dict[Work, Binding]:
+    def _bindings(self, request: Request) -> dict[Work, tuple[Binding, ...]]:
         """Load what a request needs of the U-Net, and bind it to each kind of its work."""
-        embedding = self._text.max_tokens, self._text.embedding_width
+        components = {component.name: component for component in self._manifest.components}
+
+        @functools.cache
+        def bind(name: str, work: Work) -> Binding:
+            shapes = evaluation_shapes(request, work, components[name])
+            return self._session(name).bind(shapes, in_pairs=work.guided)
+
+        # The decoder has the same buffers whether or not the encoder has run just before.
         return {
-            work: self._session("unet" if work.whole else "unet_shallow").bind(
-                evaluation_shapes(request, work, embedding, self._feature_channels), in_pairs=work.guided
-            )
+            work: tuple(bind(name, Work(work.guided, work.whole)) for name in component_names(request, work))
             for work in dict.fromkeys(request.work)
         }
 
@@ -156,10 +160,3 @@ def _meanwhile(work: Callable[[], T]) -> Iterator[Future[T]]:
     """Do some work in a thread while the block runs, and wait for it, however the block ends."""
     with ThreadPoolExecutor(1) as pool:
         yield pool.submit(work)
-
-
-def _feature_channels(manifest: Manifest) -> int:
-    """Tell how many channels the deep features have that feature caching keeps; 0 in a bundle that is without it."""
-    (unet,) = (component for component in manifest.components if component.name == "unet")
-    channels = next((tensor.shape[1] for tensor in unet.outputs if tensor.name == DEEP_FEATURES), 0)
-    return channels if isinstance(channels, int) else channels.max

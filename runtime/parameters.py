@@ -55,6 +55,8 @@ def describe(bundle: Bundle, request: Request, image: int) -> str:
         settings["Guidance interval"] = ",".join(f"{end:g}" for end in request.guidance_interval)
     if request.cache_interval > 1:
         settings["Cache interval"] = request.cache_interval
+    if request.encoder_interval > 1:
+        settings["Encoder interval"] = request.encoder_interval
     settings["Version"] = f"sdrt {__version__}"
     lines = [request.prompts[image]]
     if request.guided and request.negative_prompts[image]:

@@ -167,6 +167,9 @@ class Pipeline:
             An approximation: the whole U-Net once in so many steps, and in the others its outermost blocks alone, on
             the deep features of the last whole one (Ma et al. 2023, DeepCache, arXiv:2312.00858). 1, the default, is
             the whole in every step.
+        encoder_interval
+            An approximation: the U-Net's encoder once in so many of the steps that run the whole, and in the others its
+            decoder alone, on the encoder's last features (Li et al. 2023, Faster Diffusion, arXiv:2312.09608).
         vae_tiling
             Whether images are decoded in tiles, which takes less memory and makes the same picture, to rounding. None,
             the default, does so beyond 768 x 768 pixels where the bundle has the graphs for it.

@@ -52,6 +52,8 @@ class Request:
         The noise levels between which there is guidance, or None for all.
     cache_interval
         The whole U-Net runs once in so many evaluations.
+    encoder_interval
+        Of the whole U-Net the encoder runs once in so many of these.
     work
         What each of the table's evaluations comes to.
     vae_tiling
@@ -72,6 +74,7 @@ class Request:
     latents: NDArray[np.float32] | None
     guidance_interval: tuple[float, float] | None
     cache_interval: int
+    encoder_interval: int
     work: tuple[Work, ...]
     vae_tiling: bool | None
 
@@ -84,6 +87,11 @@ class Request:
     def keeps_features(self) -> bool:
         """Whether some evaluation goes on from the deep features of another."""
         return not all(work.whole for work in self.work)
+
+    @property
+    def keeps_encoder(self) -> bool:
+        """Whether some evaluation goes on from all that the encoder gave in another."""
+        return any(work.reuses_encoder for work in self.work)
 
     @property
     def exact(self) -> bool:
@@ -113,6 +121,7 @@ class Arguments(TypedDict, total=False):
     latents: ArrayLike | None
     guidance_interval: tuple[float, float] | None
     cache_interval: int
+    encoder_interval: int
     vae_tiling: bool | None
 
 
@@ -134,6 +143,7 @@ def make_request(
     latents: ArrayLike | None = None,
     guidance_interval: tuple[float, float] | None = None,
     cache_interval: int = 1,
+    encoder_interval: int = 1,
     vae_tiling: bool | None = None,
 ) -> Request:
     """Check a call against the model and fill in what it leaves open; `Pipeline.__call__` documents the arguments.
@@ -173,7 +183,8 @@ def make_request(
     chosen = default_sampler(manifest.scheduler) if sampler is None else resolve_sampler(sampler)
     table = sampler_table(chosen, schedule, num_inference_steps, eta=eta, spacing=timestep_spacing)
     interval = _guidance_interval(guidance_interval)
-    every = _cache_interval(cache_interval, manifest)
+    every = _kept_interval("cache_interval", cache_interval, manifest, "unet_shallow", "feature caching")
+    encoder_every = _kept_interval("encoder_interval", encoder_interval, manifest, "unet_encoder", "encoder reuse")
     sigmas = schedule.sigmas_at(table.timesteps).tolist()
     return Request(
         prompts=tuple(text for text in prompts for _ in range(copies)),
@@ -189,7 +200,14 @@ def make_request(
         latents=_latents(latents, (images, 4, height // _PIXELS, width // _PIXELS)),
         guidance_interval=interval,
         cache_interval=every,
-        work=plan(sigmas, guided=scale > 1, guidance_interval=interval, cache_interval=every),
+        encoder_interval=encoder_every,
+        work=plan(
+            sigmas,
+            guided=scale > 1,
+            guidance_interval=interval,
+            cache_interval=every,
+            encoder_interval=encoder_every,
+        ),
         vae_tiling=check_tiling(vae_tiling, manifest),
     )
 
@@ -234,14 +252,16 @@ def _guidance_interval(given: Any) -> tuple[float, float] | None:
     return float(ends[0]), float(ends[1])
 
 
-def _cache_interval(given: int, manifest: Manifest) -> int:
-    interval = check_count("cache_interval", given)
-    if interval > 1 and all(component.name != "unet_shallow" for component in manifest.components):
+def _kept_interval(name: str, given: int, manifest: Manifest, graph: str, purpose: str) -> int:
+    """Check how often something is computed that is kept in between, which a graph goes on from."""
+    interval = check_count(name, given)
+    if interval > 1 and all(component.name != graph for component in manifest.components):
         if manifest.kind == "engine":
             advice = "leave it out, or run an ONNX bundle on the CPU"
         else:
             advice = f"build it again with sdrt build --ckpt {manifest.model.source} --force"
-        raise InputError(f"cache interval is {interval}, and this bundle has no graph for feature caching: {advice}")
+        what = name.replace("_", " ")
+        raise InputError(f"{what} is {interval}, and this bundle has no graph for {purpose}: {advice}")
     return interval
 
 

@@ -33,11 +33,13 @@ def workshop(request: pytest.FixtureRequest) -> Path:
         for name in (
             "attention.py",
             "bundle.py",
+            "cut.py",
             "decoder_parts.py",
             "manifest.py",
             "prune.py",
             "publish.py",
             "shallow.py",
+            "unet_parts.py",
         )
     ]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]

@@ -57,6 +57,7 @@ def settings(tiny_bundle: Path, tiny_checkpoint: Path) -> Settings:
         rounds=2,
         guidance_interval=None,
         cache_interval=1,
+        encoder_interval=1,
         parts=("step",),
         checkpoint=str(tiny_checkpoint),
         step_flops=None,

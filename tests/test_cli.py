@@ -128,15 +128,17 @@ def test_approximations_are_asked_for_by_name_and_told(
     quick = [*QUICK, "--sampler", "ddim", "--steps", "6", "--json"]
     assert main(["run", PROMPT, *quick, "-o", "exact.png"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert (facts["guidance_interval"], facts["cache_interval"]) == (None, 1)
-    assert main(["run", PROMPT, *quick, "-o", "a.png", "--guidance-interval", "0.3,inf", "--cache-interval", "2"]) == 0
+    assert (facts["guidance_interval"], facts["cache_interval"], facts["encoder_interval"]) == (None, 1, 1)
+    options = ["--guidance-interval", "0.3,inf", "--cache-interval", "2", "--encoder-interval", "3"]
+    assert main(["run", PROMPT, *quick, "-o", "a.png", *options]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert (facts["guidance_interval"], facts["cache_interval"]) == ([0.3, None], 2)
+    assert (facts["guidance_interval"], facts["cache_interval"], facts["encoder_interval"]) == ([0.3, None], 2, 3)
     assert main(["inspect", "a.png", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert (told["Guidance interval"], told["Cache interval"]) == ("0.3,inf", "2")
+    assert (told["Guidance interval"], told["Cache interval"], told["Encoder interval"]) == ("0.3,inf", "2", "3")
     monkeypatch.setenv("SDRT_RUN_GUIDANCE_INTERVAL", told["Guidance interval"])
     monkeypatch.setenv("SDRT_RUN_CACHE_INTERVAL", told["Cache interval"])
+    monkeypatch.setenv("SDRT_RUN_ENCODER_INTERVAL", told["Encoder interval"])
     assert main(["run", PROMPT, *quick, "-o", "b.png"]) == 0
     assert (here / "a.png").read_bytes() == (here / "b.png").read_bytes() != (here / "exact.png").read_bytes()
 
@@ -185,6 +187,7 @@ def test_doctor_names_what_is_there(capsys: pytest.CaptureFixture[str]) -> None:
         (["--guidance-interval", "nan,5"], "guidance interval is (nan, 5.0)"),
         (["--cache-interval", "0"], "cache_interval is 0: expected a whole number of at least 1"),
         (["--cache-interval", "x"], "'x' is not a valid integer"),
+        (["--encoder-interval", "0"], "encoder_interval is 0: expected a whole number of at least 1"),
         (["-o", "picture.jpg"], "expected a name that ends in .png"),
         (["-o", "nowhere/picture.png"], "there is no folder 'nowhere'"),
         (["--nonsense"], "No such option"),

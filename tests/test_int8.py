@@ -123,9 +123,12 @@ def test_most_layers_are_quantised_and_none_of_what_has_no_weights(int8: Bundle)
     merged = onnx.load(int8.path(int8.merged_graph(unet)), load_external_data=False).graph
     assert not [node for node in merged.node if node.op_type == "Softmax"]
     assert quantized_layers(int8, "unet_shallow")[1] < quantized
+    halves = [quantized_layers(int8, name)[1] for name in ("unet_encoder", "unet_decoder")]
+    assert all(halves)
+    assert halves[0] | halves[1] == quantized
 
 
-def picture(bundle: Bundle, backend: str, cache_interval: int) -> NDArray[np.float32]:
+def picture(bundle: Bundle, backend: str, **approximations: Any) -> NDArray[np.float32]:
     with sdrt.load(bundle.folder, backend=backend) as pipe:
         (image,) = pipe(
             PROMPT,
@@ -133,20 +136,20 @@ def picture(bundle: Bundle, backend: str, cache_interval: int) -> NDArray[np.flo
             seed=4,
             sampler="dpmpp_2m",
             output_type="np",
-            cache_interval=cache_interval,
+            **approximations,
         )
     return image
 
 
-@pytest.mark.parametrize("cache_interval", [1, 2])
+@pytest.mark.parametrize("every", [{}, {"cache_interval": 2}, {"encoder_interval": 2}], ids=str)
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino:fp32", "openvino"])
-def test_pictures_are_close_to_the_exact_ones(int8: Bundle, exact: Bundle, backend: str, cache_interval: int) -> None:
+def test_pictures_are_close_to_the_exact_ones(int8: Bundle, exact: Bundle, backend: str, every: dict[str, int]) -> None:
     """At once, and with OpenVINO again from what was compiled; the outermost blocks work on the features of int8."""
-    expected = picture(exact, "onnxruntime", cache_interval)
-    found = picture(int8, backend, cache_interval)
+    expected = picture(exact, "onnxruntime", **every)
+    found = picture(int8, backend, **every)
     square = float(np.mean((found - expected) ** 2))
     assert 28 < -10 * math.log10(square) < 70
-    assert np.array_equal(picture(int8, backend, cache_interval), found)
+    assert np.array_equal(picture(int8, backend, **every), found)
 
 
 def test_a_tighter_bound_leaves_more_layers_alone(

@@ -46,6 +46,7 @@ def generate(
     clip_skip: int | None,
     guidance_interval: tuple[float, float] | None,
     cache_interval: int,
+    encoder_interval: int,
     vae_tiling: bool | None,
 ) -> dict[str, Any]:
     """Generate images and save them; the arguments are those of the command line.
@@ -79,6 +80,7 @@ def generate(
             clip_skip=clip_skip,
             guidance_interval=guidance_interval,
             cache_interval=cache_interval,
+            encoder_interval=encoder_interval,
             vae_tiling=vae_tiling,
         )
         paths = _paths(output, request)
@@ -113,6 +115,7 @@ def generate(
         "guidance_interval": request.guidance_interval
         and [end if math.isfinite(end) else None for end in request.guidance_interval],
         "cache_interval": request.cache_interval,
+        "encoder_interval": request.encoder_interval,
         "images": [
             {"path": str(path), "seed": image_seed} for path, image_seed in zip(paths, request.seeds, strict=True)
         ],

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .engines.devices import nvidia_gpus
 from .engines.fusion_table import reports_of
-from .engines.manifest import is_decoder_part
+from .engines.manifest import UNET_HALVES, is_decoder_part
 from .engines.table import columns
 from .engines.targets import describe, sm_name
 
@@ -127,9 +127,10 @@ def bundle_table(bundle: Bundle) -> str:
             _parity(component),
         )
         for component in manifest.components
-        if not is_decoder_part(component.name)
+        if _stands_alone(component)
     ]
-    parts += _tiling([component for component in manifest.components if is_decoder_part(component.name)])
+    parts += _cut("unet", [each for each in manifest.components if each.name in UNET_HALVES])
+    parts += _cut("vae_decoder", [each for each in manifest.components if is_decoder_part(each.name)])
     profiles = [("COMPONENT", "PROFILE", "INPUTS")]
     profiles += [
         (component.name, str(index), ", ".join(f"{name} {_range(each)}" for name, each in profile.items()))
@@ -140,13 +141,17 @@ def bundle_table(bundle: Bundle) -> str:
     return "\n\n".join(tables)
 
 
-def _tiling(parts: Sequence[Component]) -> list[tuple[str, str, str, str, str]]:
-    """Lay out the parts of the VAE decoder as one: they are of no use but together."""
+def _stands_alone(component: Component) -> bool:
+    return component.name not in UNET_HALVES and not is_decoder_part(component.name)
+
+
+def _cut(whole: str, parts: Sequence[Component]) -> list[tuple[str, str, str, str, str]]:
+    """Lay out the parts of a component as one: they are of no use but together."""
     if not parts:
         return []
     size = _size(sum(entry.bytes for part in parts for entry in part.files))
     first, last = parts[0], parts[-1]
-    return [(f"vae_decoder in {len(parts)} parts", size, _tensors(first.inputs), _tensors(last.outputs), _parity(last))]
+    return [(f"{whole} in {len(parts)} parts", size, _tensors(first.inputs), _tensors(last.outputs), _parity(last))]
 
 
 def _backend(manifest: Manifest) -> str:

@@ -88,6 +88,24 @@ def test_outer_blocks_take_what_the_whole_network_offers(document: dict[str, Any
         parse_manifest(changed(document, f"components/{index}/inputs/1/name", "features"))
 
 
+def test_the_halves_of_the_network_go_together(document: dict[str, Any]) -> None:
+    names = [part["name"] for part in document["components"]]
+    encoder, decoder = (names.index(name) for name in ("unet_encoder", "unet_decoder"))
+    for changes, says in (
+        ((f"{decoder}/inputs/1/name", "skip_9"), 'unet_decoder, which takes "skip_9", and no part of the U-Net before'),
+        ((f"{encoder}/inputs/1/name", "image"), 'unet_encoder, which takes "image", and no part of the U-Net before'),
+    ):
+        with pytest.raises(BundleCorruptError, match=says):
+            parse_manifest(changed(document, f"components/{changes[0]}", changes[1]))
+    text = changed(document, f"components/{encoder}/outputs/0/name", "skip_0")
+    text = changed(json.loads(text), f"components/{decoder}/outputs/0/name", "other")
+    with pytest.raises(BundleCorruptError, match="halves of the U-Net, and none gives 'prediction'"):
+        parse_manifest(text)
+    halved = [part for part in document["components"] if part["name"] != "unet_encoder"]
+    with pytest.raises(BundleCorruptError, match="components has unet_decoder without the U-Net's other half"):
+        parse_manifest(json.dumps(document | {"components": halved}))
+
+
 @pytest.mark.parametrize("field", [*(field.name for field in dataclasses.fields(Manifest)), "components/1/files"])
 def test_a_missing_field_is_named(document: dict[str, Any], field: str) -> None:
     named = field.replace("/1/", "[1].")

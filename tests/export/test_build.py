@@ -129,6 +129,8 @@ def test_a_bundle_records_its_parity_and_its_origin(
         "vae_decoder",
         "vae_encoder",
         "unet_shallow",
+        "unet_encoder",
+        "unet_decoder",
         "vae_decoder_head",
         *(f"vae_decoder_stage_{number}" for number in range(1, 15)),
     ]

@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 
 import sdrt
-from sdrt.engines.manifest import DEEP_FEATURES
 from sdrt.errors import InputError
 from sdrt.runtime import parameters
 from sdrt.runtime.host import HostEngines
 from sdrt.runtime.loop import denoise
 from sdrt.runtime.noise import batch_noise
+from sdrt.runtime.predictor import component_names, evaluation_shapes
 from sdrt.runtime.request import make_request
 from sdrt.runtime.schedule import Schedule
+from sdrt.runtime.work import Work
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -43,7 +44,7 @@ class CountedBinding:
         self.inputs, self.outputs = binding.inputs, binding.outputs
 
     def run(self) -> None:
-        rows = len(next(iter(self.inputs.values())))
+        rows = max(map(len, self.inputs.values()))  # what the whole batch has in common has one
         self._calls[self._name, rows] += 1
         self._binding.run()
 
@@ -97,7 +98,13 @@ def unet(calls: Calls) -> Calls:
 
 @pytest.mark.parametrize("scale", [7.5, 1.0])
 @pytest.mark.parametrize(
-    "options", [{"guidance_interval": (0, math.inf)}, {"cache_interval": 1}, {"guidance_interval": [0.0, 20]}]
+    "options",
+    [
+        {"guidance_interval": (0, math.inf)},
+        {"cache_interval": 1},
+        {"encoder_interval": 1},
+        {"guidance_interval": [0.0, 20]},
+    ],
 )
 def test_options_that_cover_everything_change_no_bit(
     pipe: sdrt.Pipeline, calls: Calls, scale: float, options: dict[str, Any]
@@ -163,35 +170,82 @@ def test_steps_between_evaluate_the_outer_blocks_alone(pipe: sdrt.Pipeline, call
     assert unet(calls) == {("unet", 2): 2, ("unet_shallow", 2): 4}
 
 
-def test_features_go_to_the_rows_that_they_are_of(pipe: sdrt.Pipeline) -> None:
-    """The pipeline with both options against the two graphs, called by hand, row by row."""
-    request = make_request(
-        pipe.bundle.manifest, ["a cat", "a dog"], negative_prompt=[NEGATIVE, ""], num_inference_steps=12,
-        sampler="ddim", guidance_interval=MIDDLE, cache_interval=3, width=64, height=64, seed=3,
-    )  # fmt: skip
-    kinds = {(work.guided, work.whole) for work in request.work}
-    assert len(kinds) == 4, "every kind of evaluation shall be there"
-    engines: Any = pipe.engines
-    channels = engines._feature_channels
-    texts = pipe.embed([NEGATIVE, "", "a cat", "a dog"])
-    kept: dict[int, Any] = {}
+def test_encoder_and_decoder_together_are_the_whole_and_nothing_else_is_loaded(
+    tiny_bundle: Path, pipe: sdrt.Pipeline, calls: Calls
+) -> None:
+    """Of the first evaluation the prediction is exact, to rounding; the others go on from its features."""
+    arguments = SMALL | {"num_inference_steps": 4, "negative_prompt": NEGATIVE}
+    exact = [step.latents.copy() for step in pipe.steps(PROMPT, **without_output(arguments))]
+    found = [step.latents.copy() for step in pipe.steps(PROMPT, encoder_interval=4, **without_output(arguments))]
+    np.testing.assert_allclose(found[0], exact[0], atol=1e-4)
+    assert np.abs(found[-1] - exact[-1]).max() > 1e-3, "nothing was approximated"
+    counted: Calls = Counter()
+    with sdrt.load(tiny_bundle, backend=pipe.backend) as fresh:
+        assert isinstance(fresh.engines, HostEngines)
+        fresh.engines.wrap_sessions(lambda name, session: CountedSession(name, session, counted))
+        (again,) = fresh(PROMPT, encoder_interval=4, **arguments)
+        assert set(fresh.engines._sessions) == {"text_encoder", "unet_encoder", "unet_decoder"}
+    np.testing.assert_array_equal(again, found[-1][0])
+    assert unet(counted) == {("unet_encoder", 2): 1, ("unet_decoder", 2): 4}
 
-    def evaluate(row: int, x: Any, t: float, *, whole: bool) -> Any:
-        shapes = {
-            "latents": (1, 4, 8, 8),
-            "timestep": (1,),
-            "text_embeddings": (1, *texts.shape[1:]),
-            "prediction": (1, 4, 8, 8),
-            DEEP_FEATURES: (1, channels, 8, 8),
-        }
-        binding = engines._session("unet" if whole else "unet_shallow").bind(shapes)
-        inputs = {"latents": x, "timestep": t, "text_embeddings": texts[row]}
-        for name, value in (inputs if whole else inputs | {DEEP_FEATURES: kept[row]}).items():
-            binding.inputs[name][...] = value
-        binding.run()
-        if whole:
-            kept[row] = binding.outputs[DEEP_FEATURES].copy()
-        return binding.outputs["prediction"][0]
+
+def without_output(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in arguments.items() if key != "output_type"}
+
+
+def test_steps_between_evaluate_the_decoder_alone(pipe: sdrt.Pipeline, calls: Calls) -> None:
+    arguments = SMALL | {"num_inference_steps": 8, "encoder_interval": 3}
+    pipe(PROMPT, **arguments)
+    assert unet(calls) == {("unet_encoder", 2): 3, ("unet_decoder", 2): 8}
+    calls.clear()
+    pipe(PROMPT, guidance_scale=1, num_images_per_prompt=2, **arguments)
+    assert unet(calls) == {("unet_encoder", 2): 3, ("unet_decoder", 2): 8}
+    calls.clear()
+    pipe(PROMPT, **arguments | {"cache_interval": 2})  # E - D - D - E -
+    assert unet(calls) == {("unet_encoder", 2): 2, ("unet_decoder", 2): 4, ("unet_shallow", 2): 4}
+    calls.clear()
+    pipe(PROMPT, **arguments | {"num_inference_steps": 1})  # nothing to go on from: the whole as it is
+    assert unet(calls) == {("unet", 2): 1}
+
+
+@pytest.mark.parametrize("options", [{"encoder_interval": 2}, {"encoder_interval": 2, "cache_interval": 2}])
+def test_pictures_of_a_batch_are_those_of_single_calls(pipe: sdrt.Pipeline, options: dict[str, Any]) -> None:
+    arguments = SMALL | {"num_inference_steps": 6, "guidance_interval": MIDDLE, "height": 72} | options
+    batch = pipe(["a cat", "a dog"], negative_prompt=[NEGATIVE, ""], **arguments)
+    alone = pipe("a dog", **arguments | {"seed": 4})
+    np.testing.assert_allclose(batch[1], alone[0], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [({"cache_interval": 3}, 4), ({"encoder_interval": 2}, 4), ({"cache_interval": 2, "encoder_interval": 2}, 6)],
+)
+def test_features_go_to_the_rows_that_they_are_of(pipe: sdrt.Pipeline, options: dict[str, Any], count: int) -> None:
+    """The pipeline with a guidance interval beside other options against the graphs, called by hand, row by row."""
+    request = make_request(
+        pipe.bundle.manifest, ["a cat", "a dog"], negative_prompt=[NEGATIVE, ""], num_inference_steps=15,
+        sampler="ddim", guidance_interval=MIDDLE, width=64, height=64, seed=3, **options,
+    )  # fmt: skip
+    assert len(set(request.work)) == count, "every kind of evaluation shall be there"
+    engines: Any = pipe.engines
+    texts = pipe.embed([NEGATIVE, "", "a cat", "a dog"])
+    single = make_request(
+        pipe.bundle.manifest, "", guidance_scale=1, width=64, height=64, num_inference_steps=4, **options
+    )
+    kept: dict[int, dict[str, Any]] = {row: {} for row in range(4)}
+
+    def evaluate(row: int, x: Any, t: float, work: Work) -> Any:
+        known = {"latents": x, "timestep": t, "text_embeddings": texts[row]} | kept[row]
+        for name in component_names(request, work):
+            shapes = evaluation_shapes(single, Work(False, True), pipe.bundle.component(name))
+            binding = engines._session(name).bind(shapes)
+            for each, buffer in binding.inputs.items():
+                buffer[...] = known[each]
+            binding.run()
+            given = {each: array.copy() for each, array in binding.outputs.items()}
+            known |= given
+            kept[row] |= {each: array for each, array in given.items() if each != "prediction"}
+        return known["prediction"][0]
 
     evaluations = iter(request.work)
 
@@ -199,9 +253,9 @@ def test_features_go_to_the_rows_that_they_are_of(pipe: sdrt.Pipeline) -> None:
         work = next(evaluations)
         predictions = []
         for image in range(2):
-            found = evaluate(2 + image, x[image], t, whole=work.whole)
+            found = evaluate(2 + image, x[image], t, work)
             if work.guided:
-                without = evaluate(image, x[image], t, whole=work.whole)
+                without = evaluate(image, x[image], t, work)
                 found = without + request.guidance_scale * (found - without)
             predictions.append(found)
         return np.stack(predictions)
@@ -210,7 +264,7 @@ def test_features_go_to_the_rows_that_they_are_of(pipe: sdrt.Pipeline) -> None:
     *_, expected = denoise(request.table, draw(), predict, draw)
     *_, found = pipe.run(request)
     np.testing.assert_allclose(found.latents, expected.latents, atol=2e-4)
-    (exact, _) = pipe(["a cat", "a dog"], negative_prompt=[NEGATIVE, ""], num_inference_steps=12, **SMALL)
+    (exact, _) = pipe(["a cat", "a dog"], negative_prompt=[NEGATIVE, ""], num_inference_steps=15, **SMALL)
     assert np.abs(found.latents[0] - exact).max() > 1e-3, "nothing was approximated"
 
 
@@ -231,6 +285,8 @@ def test_threads_get_with_options_what_they_would_get_alone(pipe: sdrt.Pipeline)
         {"guidance_interval": MIDDLE},
         {"cache_interval": 2},
         {"guidance_interval": MIDDLE, "cache_interval": 3},
+        {"encoder_interval": 2},
+        {"guidance_interval": MIDDLE, "encoder_interval": 3, "cache_interval": 2},
     ]
     arguments = SMALL | {"num_inference_steps": 6}
     alone = [pipe(f"picture {n}", **arguments, **options)[0] for n, options in enumerate(settings)]
@@ -250,13 +306,16 @@ def test_threads_get_with_options_what_they_would_get_alone(pipe: sdrt.Pipeline)
 
 def test_a_picture_tells_its_options_and_an_exact_one_tells_none(pipe: sdrt.Pipeline) -> None:
     arguments: dict[str, Any] = {"num_inference_steps": 2, "width": 64, "height": 64, "seed": 1}
-    (image,) = pipe(PROMPT, guidance_interval=(0.28, math.inf), cache_interval=2, **arguments)
+    (image,) = pipe(PROMPT, guidance_interval=(0.28, math.inf), cache_interval=2, encoder_interval=3, **arguments)
     told = parameters.parse(image.info["parameters"])
-    assert (told["Guidance interval"], told["Cache interval"]) == ("0.28,inf", "2")
+    assert (told["Guidance interval"], told["Cache interval"], told["Encoder interval"]) == ("0.28,inf", "2", "3")
     exact: list[dict[str, Any]] = [{}, {"guidance_scale": 1.0, "guidance_interval": MIDDLE}]
     for options in exact:
         (image,) = pipe(PROMPT, **arguments, **options)
-        assert not {"Guidance interval", "Cache interval"} & parameters.parse(image.info["parameters"]).keys()
+        assert (
+            not {"Guidance interval", "Cache interval", "Encoder interval"}
+            & parameters.parse(image.info["parameters"]).keys()
+        )
 
 
 @pytest.mark.parametrize(
@@ -270,18 +329,19 @@ def test_an_interval_that_is_none_is_refused(pipe: sdrt.Pipeline, interval: Any)
 
 
 @pytest.mark.parametrize("every", [0, -1, 1.5, "2", True, None])
-def test_a_cache_interval_that_is_none_is_refused(pipe: sdrt.Pipeline, every: Any) -> None:
-    with pytest.raises(InputError, match=r"cache_interval is .*: expected a whole number of at least 1"):
-        pipe(PROMPT, cache_interval=every)
+@pytest.mark.parametrize("option", ["cache_interval", "encoder_interval"])
+def test_a_count_of_steps_that_is_none_is_refused(pipe: sdrt.Pipeline, option: Any, every: Any) -> None:
+    with pytest.raises(InputError, match=rf"{option} is .*: expected a whole number of at least 1"):
+        pipe(PROMPT, **{option: every})
 
 
-def test_a_bundle_without_the_graph_runs_and_says_what_to_build_for_caching(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_a_bundle_without_the_graphs_runs_and_says_what_to_build_for_caching(tiny_bundle: Path, tmp_path: Path) -> None:
     old = tmp_path / "old"
     shutil.copytree(tiny_bundle, old)
     manifest = json.loads((old / "bundle.json").read_text())
     (unet_part,) = (part for part in manifest["components"] if part["name"] == "unet")
     unet_part["outputs"] = [tensor for tensor in unet_part["outputs"] if tensor["name"] == "prediction"]
-    manifest["components"] = [part for part in manifest["components"] if part["name"] != "unet_shallow"]
+    manifest["components"] = [part for part in manifest["components"] if not part["name"].startswith("unet_")]
     (old / "bundle.json").write_text(json.dumps(manifest))
     arguments = SMALL | {"num_inference_steps": 4}
     with sdrt.load(old) as without, sdrt.load(tiny_bundle) as whole:
@@ -292,6 +352,11 @@ def test_a_bundle_without_the_graph_runs_and_says_what_to_build_for_caching(tiny
             InputError, match="no graph for feature caching: build it again with sdrt build --ckpt tiny --force"
         ):
             without(PROMPT, cache_interval=2, **arguments)
+        with pytest.raises(
+            InputError,
+            match="encoder interval is 2, and this bundle has no graph for encoder reuse: build it again with sdrt",
+        ):
+            without(PROMPT, encoder_interval=2, **arguments)
 
 
 def test_a_prompt_is_encoded_once_and_by_itself(tiny_bundle: Path) -> None:

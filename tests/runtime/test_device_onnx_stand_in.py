@@ -159,7 +159,7 @@ def test_stand_in_approximations_are_refused_and_what_covers_everything_is_not(
     machine: Onnx, engines: DeviceEngines
 ) -> None:
     request = machine.request(guidance_interval=(0.5, 5.0))
-    with pytest.raises(BackendError, match="guidance interval and cache interval are for the CPU alone so far"):
+    with pytest.raises(BackendError, match="guidance, cache and encoder interval are for the CPU alone so far"):
         run(engines, request)
     whole = machine.request(guidance_interval=(0.0, 1000.0))
     np.testing.assert_array_equal(run(engines, whole), run(engines, machine.request()))
@@ -167,6 +167,8 @@ def test_stand_in_approximations_are_refused_and_what_covers_everything_is_not(
         InputError, match="no graph for feature caching: leave it out, or run an ONNX bundle on the CPU"
     ):
         machine.request(cache_interval=2)
+    with pytest.raises(InputError, match="no graph for encoder reuse: leave it out, or run an ONNX bundle on the CPU"):
+        machine.request(encoder_interval=2)
 
 
 @pytest.mark.parametrize(

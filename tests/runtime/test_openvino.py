@@ -179,6 +179,7 @@ def test_fp32_pictures_are_those_of_onnxruntime(pipe: sdrt.Pipeline, demo_bundle
             {"height": 72},
             {"clip_skip": 1, "num_images_per_prompt": 2},
             {"cache_interval": 2, "guidance_interval": (0.0, 10.0)},
+            {"encoder_interval": 2, "height": 72},
         ):
             pictures = [each(PROMPT, seed=3, **(SIZE | options)) for each in (pipe, reference)]
             for found, expected in zip(*pictures, strict=True):

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import threading
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -218,6 +219,42 @@ def test_feature_caching_is_diffusers_with_its_deep_features_kept(
         "output_type": "np",
     }
     found = pipe(PROMPT, cache_interval=3, **options)
+    assert psnr(found[0], expected[0]) >= 60
+    assert not np.array_equal(found[0], pipe(PROMPT, **options)[0])
+
+
+@pytest.mark.parametrize(("sampler", "guidance"), [("ddim", 7.5), ("dpmpp_2m", 1.0)])
+def test_encoder_reuse_is_diffusers_with_all_that_its_encoder_gave_kept(
+    pipe: sdrt.Pipeline, reference: Any, sampler: str, guidance: float
+) -> None:
+    """Li et al. 2023: in two of three steps the decoder goes on from what the encoder found in the first."""
+    calls: dict[Any, int] = Counter()
+    kept: dict[Any, Any] = {}
+
+    def keep(layer: Any, _inputs: tuple[Any, ...], output: Any) -> Any:
+        if calls[layer] % 3 == 0:
+            kept[layer] = output
+        calls[layer] += 1
+        return kept[layer]
+
+    unet = reference.unet
+    hooks = [layer.register_forward_hook(keep) for layer in (unet.conv_in, *unet.down_blocks, unet.mid_block)]
+    try:
+        expected = run_reference(reference, sampler, 8, guidance=guidance, size=(72, 64), seed=6)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    options: dict[str, Any] = {
+        "negative_prompt": NEGATIVE,
+        "num_inference_steps": 8,
+        "guidance_scale": guidance,
+        "width": 72,
+        "height": 64,
+        "seed": 6,
+        "sampler": sampler,
+        "output_type": "np",
+    }
+    found = pipe(PROMPT, encoder_interval=3, **options)
     assert psnr(found[0], expected[0]) >= 60
     assert not np.array_equal(found[0], pipe(PROMPT, **options)[0])
 

@@ -1,8 +1,9 @@
-"""What each evaluation of the U-Net comes to, from the two options that save work."""
+"""What each evaluation of the U-Net comes to, from the three options that save work."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -18,8 +19,16 @@ ends = st.tuples(st.floats(0, 100), st.floats(0, 100)).filter(lambda pair: pair[
 
 
 def kinds(interval: tuple[float, float] | None, every: int, *, guided: bool = True) -> list[tuple[bool, bool]]:
-    planned = plan(SIGMAS, guided=guided, guidance_interval=interval, cache_interval=every)
+    planned = plan(SIGMAS, guided=guided, guidance_interval=interval, cache_interval=every, encoder_interval=1)
+    assert not any(work.reuses_encoder for work in planned)
     return [(work.guided, work.whole) for work in planned]
+
+
+def letters(encoder: int, *, cache: int = 1, interval: tuple[float, float] | None = None, guided: bool = True) -> str:
+    """Tell the evaluations: E with the encoder, D the decoder alone, - the outermost blocks; small for one row."""
+    planned = plan(SIGMAS, guided=guided, guidance_interval=interval, cache_interval=cache, encoder_interval=encoder)
+    each = ("D" if work.reuses_encoder else "E" if work.whole else "-" for work in planned)
+    return "".join(letter if work.guided else letter.lower() for letter, work in zip(each, planned, strict=True))
 
 
 @pytest.mark.parametrize("interval", [None, (0.0, math.inf), (0.0, 14.0)])
@@ -57,11 +66,51 @@ def test_guidance_that_sets_in_has_features_of_its_own() -> None:
     assert kinds((3.0, math.inf), 100) == [(True, WHOLE), (True, OUTER), (True, OUTER), *[(False, OUTER)] * 6]
 
 
+def test_the_encoder_runs_once_in_so_many_evaluations() -> None:
+    assert letters(1) == "EEEEEEEEE"
+    assert letters(2) == "EDEDEDEDE"
+    assert letters(4, guided=False) == "edddeddde"
+    assert letters(100) == "EDDDDDDDD"
+
+
+def test_the_encoder_runs_once_in_so_many_of_those_that_run_the_whole() -> None:
+    assert letters(2, cache=2) == "E-D-E-D-E"
+    assert letters(3, cache=3) == "E--D--D--"
+    assert letters(1, cache=2) == "E-E-E-E-E"
+
+
+def test_guidance_that_sets_in_has_an_encoder_run_of_its_own() -> None:
+    assert letters(3, interval=(0.5, 5.0)) == "edEDDEdde"
+    # Features of both rows serve the row with the prompt alone.
+    assert letters(100, interval=(3.0, math.inf)) == "EDDdddddd"
+    assert letters(100, cache=100, interval=(0.5, 5.0)) == "e-E------"
+
+
+@given(sigmas=falling, interval=ends, cache=st.integers(1, 9), every=st.integers(1, 9))
+def test_what_an_encoder_gave_is_there_not_too_old_and_of_all_rows(
+    sigmas: list[float], interval: tuple[float, float], cache: int, every: int
+) -> None:
+    options: dict[str, Any] = {"guided": True, "guidance_interval": interval, "cache_interval": cache}
+    planned = plan(sigmas, encoder_interval=every, **options)
+    exact = plan(sigmas, encoder_interval=1, **options)
+    assert [(work.guided, work.whole) for work in planned] == [(work.guided, work.whole) for work in exact]
+    last: tuple[int, Work] | None = None
+    for index, work in enumerate(work for work in planned if work.whole):
+        if not work.reuses_encoder:
+            last = index, work
+            continue
+        assert last is not None
+        assert index - last[0] < every
+        assert last[1].guided or not work.guided
+    assert not any(work.reuses_encoder for work in planned if not work.whole)
+    assert sum(work.whole and not work.reuses_encoder for work in planned) <= math.ceil(len(sigmas) / every) + 1
+
+
 @given(sigmas=falling, interval=ends, every=st.integers(1, 9))
 def test_features_are_there_not_too_old_and_of_all_rows(
     sigmas: list[float], interval: tuple[float, float], every: int
 ) -> None:
-    planned = plan(sigmas, guided=True, guidance_interval=interval, cache_interval=every)
+    planned = plan(sigmas, guided=True, guidance_interval=interval, cache_interval=every, encoder_interval=1)
     assert len(planned) == len(sigmas)
     last: tuple[int, Work] | None = None
     for index, (sigma, work) in enumerate(zip(sigmas, planned, strict=True)):

@@ -74,6 +74,7 @@ def test_pictures_are_the_same_alone_and_with_others(server: Server, pipe: sdrt.
         {"guidance_scale": 0, "num_inference_steps": 8},
         {"sampler": "euler_a", "size": "64x136", "num_inference_steps": 7},
         {"guidance_interval": [0.3, 5], "num_inference_steps": 8},
+        {"encoder_interval": 2, "cache_interval": 2, "num_inference_steps": 8},
         {"sampler": "ddim", "eta": 1.0, "timestep_spacing": "trailing", "clip_skip": 1},
     ]
     calls, shared = server.figure("sdrt_batch_images_count"), server.figure("sdrt_batch_images_sum")
@@ -193,6 +194,7 @@ def test_models_are_listed(server: Server, pipe: sdrt.Pipeline) -> None:
         ),
         ({"guidance_interval": [1, "x"]}, "guidance_interval[1]", 'guidance_interval[1] is "x": expected a number'),
         ({"guidance_interval": [5, 1]}, None, "guidance interval is [5, 1]: expected two noise levels"),
+        ({"encoder_interval": 0}, "encoder_interval", "expected a whole number from 1 to 1000"),
         ({"clip_skip": 3}, None, "clip skip is 3: expected a whole number from 0 to 2"),
         ({"timestep_spacing": "even"}, "timestep_spacing", 'expected "leading" or "trailing" or "linspace"'),
     ],

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 PROMPT = "a large red star on a blue background"
 DATATYPES = {"steps": "INT32", "guidance_scale": "FP32", "seed": "INT64", "eta": "FP32", "clip_skip": "INT32"}
 DATATYPES |= {"width": "INT32", "height": "INT32", "guidance_interval": "FP32", "cache_interval": "INT32"}
+DATATYPES |= {"encoder_interval": "INT32"}
 NUMPY = {"INT32": np.int32, "INT64": np.int64, "UINT64": np.uint64, "FP32": np.float32}
 INFER = "/v2/models/demo/infer"
 
@@ -125,6 +126,7 @@ def test_pictures_are_the_same_alone_and_with_others(inference_server: Server, p
     orders += [
         {"sampler": "euler_a", "width": 64, "height": 136},
         {"guidance_interval": [0.3, 5.0], "steps": 8},
+        {"encoder_interval": 2, "steps": 8},
         {"sampler": "ddim", "eta": 1.0, "timestep_spacing": "trailing", "clip_skip": 1},
     ]
     shared, calls = (inference_server.figure(f"sdrt_batch_images_{what}") for what in ("sum", "count"))

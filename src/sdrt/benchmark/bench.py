@@ -99,6 +99,7 @@ def _settings(
     cfg_scale: float,
     guidance_interval: tuple[float, float] | None,
     cache_interval: int,
+    encoder_interval: int,
 ) -> Settings:
     """Check what is asked for before anything is loaded, and fill in what it leaves open."""
     request = make_request(
@@ -113,6 +114,7 @@ def _settings(
         sampler=sampler,
         guidance_interval=guidance_interval,
         cache_interval=cache_interval,
+        encoder_interval=encoder_interval,
     )
     flops, no_floor = _step_flops(bundle, backend, request)
     return Settings(
@@ -127,6 +129,7 @@ def _settings(
         rounds=rounds,
         guidance_interval=request.guidance_interval,
         cache_interval=cache_interval,
+        encoder_interval=encoder_interval,
         parts=tuple(part for part in PARTS if part in wanted),
         checkpoint=_checkpoint(bundle, ckpt),
         step_flops=flops,

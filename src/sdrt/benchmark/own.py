@@ -110,6 +110,7 @@ class Sdrt:
             settings.steps,
             guidance_interval=settings.guidance_interval,
             cache_interval=settings.cache_interval,
+            encoder_interval=settings.encoder_interval,
         )
         steps = self._pipe.run(request)
         kinds: list[tuple[str, float]] = []
@@ -174,4 +175,5 @@ def _next(steps: Generator[Step, Any]) -> Step:
 
 
 def _kind(work: Work) -> str:
-    return f"{'whole' if work.whole else 'shallow'}, {'guided' if work.guided else 'unguided'}"
+    part = "decoder" if work.reuses_encoder else "whole" if work.whole else "shallow"
+    return f"{part}, {'guided' if work.guided else 'unguided'}"

@@ -26,8 +26,8 @@ class Settings:
         The bundle's folder.
     backend
         sdrt's own, precision included.
-    steps, width, height, batch, cfg_scale, guidance_interval, cache_interval
-        As in ``sdrt run``. The last two concern sdrt's whole pictures alone: a step is always a whole one.
+    steps, width, height, batch, cfg_scale, guidance_interval, cache_interval, encoder_interval
+        As in ``sdrt run``. The last three concern sdrt's whole pictures alone: a step is always a whole one.
     sampler
         A key of ``SAMPLERS``.
     rounds
@@ -54,6 +54,7 @@ class Settings:
     rounds: int
     guidance_interval: tuple[float, float] | None
     cache_interval: int
+    encoder_interval: int
     parts: tuple[Part, ...]
     checkpoint: str | None
     step_flops: int | None

@@ -61,6 +61,7 @@ def _run(settings: Settings, folder: Path, steps: int) -> tuple[float, float, in
         "sampler": settings.sampler,
         "cfg-scale": settings.cfg_scale,
         "cache-interval": settings.cache_interval,
+        "encoder-interval": settings.encoder_interval,
         "seed": SEED,
         "output": folder,
     }

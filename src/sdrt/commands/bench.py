@@ -31,6 +31,14 @@ from .run import interval
     help="Of sdrt's whole pictures, as in sdrt run.",
 )
 @click.option(
+    "--encoder-interval",
+    type=int,
+    default=1,
+    metavar="K",
+    show_default=True,
+    help="Of sdrt's whole pictures, as in sdrt run.",
+)
+@click.option(
     "--rounds",
     type=click.IntRange(1, 500),
     default=5,

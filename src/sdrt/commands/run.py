@@ -65,6 +65,15 @@ def interval(_ctx: click.Context, _param: click.Parameter, given: str | None) ->
     help="Approximate: the whole U-Net in every Kth step, its outermost blocks alone in the others.",
 )
 @click.option(
+    "--encoder-interval",
+    type=int,
+    default=1,
+    metavar="K",
+    show_default=True,
+    help="Approximate: the U-Net's encoder in every Kth step, its decoder alone in the others; with --cache-interval, "
+    "in every Kth of the steps that run the whole U-Net.",
+)
+@click.option(
     "--vae-tiling/--no-vae-tiling",
     default=None,
     help="Decode in tiles: less memory, more time, the same picture to rounding. [default: beyond 768x768 pixels]",

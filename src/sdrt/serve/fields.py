@@ -65,6 +65,12 @@ SETTINGS: Mapping[str, Schema] = {
     "cache_interval": optional(
         "integer", "Approximate: the whole U-Net in every so many steps; 1 by default.", minimum=1, maximum=1000
     ),
+    "encoder_interval": optional(
+        "integer",
+        "Approximate: the U-Net's encoder in every so many of the steps that run the whole; 1 by default.",
+        minimum=1,
+        maximum=1000,
+    ),
     "clip_skip": optional("integer", "Last layers of the text encoder to leave out.", minimum=0, maximum=100),
 }
 
@@ -104,6 +110,7 @@ def make_requests(
         "clip_skip",
         "guidance_interval",
         "cache_interval",
+        "encoder_interval",
         "width",
         "height",
     ):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _GUIDED = 2  # rows of the U-Net's batch for a guided picture
 _PREDICTION = "prediction"
-_STEPPED = frozenset({"unet", "unet_shallow"})
+_STEPPED = frozenset({"unet", "unet_shallow", "unet_encoder", "unet_decoder"})
 
 
 class Model:

@@ -72,6 +72,7 @@ INPUTS = (
     _setting("clip_skip", "INT32", "clip_skip"),
     _setting("guidance_interval", "FP32", "guidance_interval", (2,)),
     _setting("cache_interval", "INT32", "cache_interval"),
+    _setting("encoder_interval", "INT32", "encoder_interval"),
 )
 IMAGE = TensorMetadata("image", "UINT8", (ANY, ANY, ANY, 3))
 SEED = TensorMetadata("seed", "INT64", (ANY,))
