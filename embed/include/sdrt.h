@@ -259,7 +259,7 @@ typedef struct sdrt_params {
   void *progress_user;
   sdrt_cancellation *cancellation; /* or NULL */
   uint32_t timeout_ms;             /* for all of it; none by default */
-  uint32_t reserved;               /* zero */
+  uint32_t encoder_interval;       /* approximate: the encoder in every so many of the steps that run the whole U-Net */
 
   /* Where the pixels go: one picture after the other, width * height * 3 bytes each. By default the result owns them.
    * They come as they are finished, so what is there after an error is not to be used. */

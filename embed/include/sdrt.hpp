@@ -162,6 +162,7 @@ struct Params {
   std::optional<std::uint64_t> seed;
   std::optional<std::uint32_t> clip_skip;
   std::uint32_t cache_interval = 0;
+  std::uint32_t encoder_interval = 0;
   std::uint32_t preview_interval = 0;
   // Returns whether to go on; called in the thread that generates. What it throws comes out of generate.
   std::function<bool(const sdrt_progress &)> progress;
@@ -322,6 +323,7 @@ class Server {
       given.clip_skip = *params.clip_skip == 0 ? SDRT_CLIP_SKIP_NONE : static_cast<std::int32_t>(*params.clip_skip);
     }
     given.cache_interval = params.cache_interval;
+    given.encoder_interval = params.encoder_interval;
     given.preview_interval = params.preview_interval;
     given.cancellation = params.cancellation == nullptr ? nullptr : params.cancellation->get();
     given.timeout_ms = detail::milliseconds(params.timeout);

@@ -71,9 +71,6 @@ void check(const sdrt_params &params) {
   if (params.images > kMostImages) {
     throw invalid("images is " + std::to_string(params.images) + ": expected 1 to " + std::to_string(kMostImages));
   }
-  if (params.reserved != 0) {
-    throw invalid("reserved is not zero: expected parameters from sdrt_default_params");
-  }
   if (params.clip_skip < SDRT_CLIP_SKIP_NONE) {
     throw invalid("clip_skip is " + std::to_string(params.clip_skip) + ": expected 0 or more, or SDRT_CLIP_SKIP_NONE");
   }
@@ -99,6 +96,7 @@ std::string request_body(const sdrt_params &params) {
   add_count(&object, "num_inference_steps", params.steps);
   add_count(&object, "n", params.images);
   add_count(&object, "cache_interval", params.cache_interval);
+  add_count(&object, "encoder_interval", params.encoder_interval);
   if (params.progress != nullptr) {
     add_count(&object, "preview_interval", params.preview_interval);
   }
