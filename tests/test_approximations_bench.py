@@ -24,10 +24,14 @@ def test_every_setting_is_timed_and_its_evaluations_are_told(tiny_bundle: Path) 
         "whole U-Net, with and without prompt": 2,
         "outer blocks, with and without prompt": 4,
     }
+    assert settings["encoder 2"]["evaluations"] == {
+        "whole U-Net, with and without prompt": 3,
+        "decoder alone, with and without prompt": 3,
+    }
     for figures in settings.values():
         assert sum(figures["evaluations"].values()) == 6
         assert 0 < figures["loop seconds"] < figures["seconds"]
-    assert len(kinds) == 4
+    assert len(kinds) == 6  # three parts of the U-Net, guided or not
     shown = table({"settings": settings, "evaluation seconds": kinds, "peak memory GB": {"exact": 1.0}})
     assert [line.split("  ")[0] for line in shown.splitlines()[1 : 1 + len(SETTINGS)]] == list(SETTINGS)
 
