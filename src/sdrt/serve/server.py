@@ -18,6 +18,7 @@ from ..errors import SdrtWarning
 from ..runtime.pipeline import load
 from .address import listen_on_path, listen_on_port
 from .app import application
+from .heap import use_one_heap
 from .logs import log, set_up
 from .oip_infer import Inference
 from .parent import watch
@@ -97,6 +98,7 @@ def serve(settings: Settings, say: Callable[[str], None]) -> None:
         It cannot be done as set, or a bundle turned out not to run.
 
     """
+    use_one_heap()
     with ExitStack() as stack:
         pipelines = [stack.enter_context(load(bundle, backend=settings.backend)) for bundle in settings.bundles]
         if settings.uds is None:
