@@ -179,9 +179,7 @@ def build_engines(
         for component in source.manifest.components
         if weights_owner(component.name) is None  # feature caching and tiles run on no GPU so far
     ]
-    if name is not None:
-        store.check_name(name)
-    title = name or (output.name if output is not None else default_name(source.name, backend, builder.capabilities))
+    title = store.title_of(output, name, lambda: default_name(source.name, backend, builder.capabilities))
     target = output if output is not None else store.place(title)
     weights = {component.name: sum(entry.bytes for entry in component.files) for component, _ in chosen}
     expected = sum(weights[component.name] + _PROFILE_BYTES * len(profiles) for component, profiles in chosen)

@@ -122,9 +122,7 @@ def quantize_bundle(
 
     """
     check_source(source)
-    if name is not None:
-        store.check_name(name)
-    title = name or (output.name if output is not None else default_name(source.name))
+    title = store.title_of(output, name, lambda: default_name(source.name))
     target = output if output is not None else store.place(title)
     others = [part for part in source.manifest.components if part.name not in {_UNET, _SHALLOW, *UNET_HALVES}]
     weights = sum(entry.bytes for entry in source.component(_UNET).files)

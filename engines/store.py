@@ -66,6 +66,20 @@ def check_name(name: str) -> str:
     return name
 
 
+def title_of(output: Path | None, name: str | None, default: Callable[[], str]) -> str:
+    """Choose what a bundle to be built is called: its name, else that of its folder, else what `default` gives.
+
+    Raises
+    ------
+    InputError
+        No bundle can have the name.
+
+    """
+    if name is not None:
+        return check_name(name)
+    return output.name if output is not None else default()
+
+
 def place(name: str) -> Path:
     """Give the folder in the store for a bundle to be built, making the store if it is not there.
 

@@ -138,9 +138,7 @@ def build(
         As `..engines.publish.publishing`.
 
     """
-    if name is not None:
-        store.check_name(name)
-    title = name or (output.name if output is not None else checkpoint_name(ckpt))
+    title = store.title_of(output, name, lambda: checkpoint_name(ckpt))
     _refuse_early(output or store.bundles_folder() / title, force=force)
     checkpoint = read_checkpoint(ckpt, ema=ema, progress=report)
     layers = int(checkpoint.text_encoder.config["num_hidden_layers"])
