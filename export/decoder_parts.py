@@ -8,11 +8,11 @@ import numpy as np
 import onnx
 import onnxruntime
 
-from ..engines.attention import write_merged
-from ..engines.bundle import hash_file, onnx_name
+from ..engines.bundle import onnx_name
 from ..engines.decoder_parts import cut_decoder
-from ..engines.manifest import MEAN, VARIANCE, Component
+from ..engines.manifest import MEAN, VARIANCE
 from .parity import judge
+from .pieces import describe_parts, write_parts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ..engines.cut import Part
-    from ..engines.manifest import TracedPrecision
+    from ..engines.manifest import Component, TracedPrecision
     from .parity import Case
     from .trace import Signature
 
@@ -48,14 +48,9 @@ def decoder_parts(
     """
     decoder = onnx.load(folder / onnx_name("vae_decoder"), load_external_data=False)
     parts = cut_decoder(decoder, signature.inputs[0], signature.outputs[0])
-    files = {}
-    for part in parts:
-        onnx.save(part.model, folder / onnx_name(part.name))
-        files[part.name] = tuple(hash_file(folder, graph) for graph in write_merged(folder, part.name))
+    graphs = write_parts(folder, parts)
     measured = judge("VAE decoder's tiling", _results(folder, parts, cases), precision)
-    return tuple(
-        Component(part.name, precision, files[part.name], part.inputs, part.outputs, measured) for part in parts
-    )
+    return describe_parts(folder, parts, graphs, precision, measured)
 
 
 def _results(

@@ -6,16 +6,15 @@ from typing import TYPE_CHECKING
 
 import onnx
 
-from ..engines.attention import write_merged
-from ..engines.bundle import hash_file, onnx_name
-from ..engines.manifest import Component
+from ..engines.bundle import onnx_name
 from ..engines.unet_parts import cut_unet
 from .parity import measure_chains
+from .pieces import describe_parts, write_parts
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ..engines.manifest import TracedPrecision
+    from ..engines.manifest import Component, TracedPrecision
     from .parity import Case
     from .trace import Signature
 
@@ -42,21 +41,8 @@ def unet_parts(
     """
     unet = onnx.load(folder / onnx_name("unet"), load_external_data=False)
     parts = cut_unet(unet, signature.inputs, signature.outputs)
-    graphs = []
-    for part in parts:
-        onnx.save(part.model, folder / onnx_name(part.name))
-        graphs.append(write_merged(folder, part.name))
+    graphs = write_parts(folder, parts)
     # The plain graphs first, and then those with attention as one node.
     chains = [[folder / graph for graph in chain] for chain in zip(*graphs, strict=True)]
     measured = measure_chains("U-Net's encoder and decoder", chains, signature, cases, precision)
-    return tuple(
-        Component(
-            part.name,
-            precision,
-            tuple(hash_file(folder, graph) for graph in written),
-            part.inputs,
-            part.outputs,
-            measured,
-        )
-        for part, written in zip(parts, graphs, strict=True)
-    )
+    return describe_parts(folder, parts, graphs, precision, measured)
