@@ -11,8 +11,8 @@ _M_ARENA_MAX = -8  # in glibc's malloc.h
 def use_one_heap() -> None:
     """Have all threads allocate from one heap, where the C library is glibc; for the start, before there are threads.
 
-    By default threads have several. Pictures and answers are made in one thread and freed in another, and a server at
-    its limit grew by 30 MB a minute: what was free in one heap was wanted in another.
+    By default threads have several, and what is free in one is of no use to the others. Of two servers at their limit
+    that with one heap was at 420 MB after seven minutes, the other at 615.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(_M_ARENA_MAX, 1)
