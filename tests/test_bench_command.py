@@ -55,6 +55,7 @@ def settings(tiny_bundle: Path, tiny_checkpoint: Path) -> Settings:
         sampler="ddim",
         cfg_scale=7.5,
         rounds=2,
+        launches=1,
         guidance_interval=None,
         cache_interval=1,
         encoder_interval=1,
@@ -176,6 +177,7 @@ def test_a_graph_that_does_not_tell_its_shapes_is_refused(tiny_bundle: Path) -> 
         (["--only", "start", "--compare", "diffusers"], "--compare compares text, step, decode, picture, and --only"),
         (["--ckpt", "./nowhere"], "there is no checkpoint './nowhere': expected what sdrt build --ckpt takes"),
         (["--rounds", "0"], "'--rounds': 0 is not in the range"),
+        (["--launches", "0"], "'--launches': 0 is not in the range"),
         (["--steps", "0"], "num_inference_steps is 0"),
         (["-W", "100"], "width is 100: expected a multiple of 8"),
         (["--backend", "quick"], "backend is 'quick': expected one of"),
@@ -265,6 +267,20 @@ def test_what_memory_does_not_hold_at_once_is_measured_in_groups(
         np.median([turn.seconds for turn in own[2:]]) / peer["step"]["median"]
     )
     assert found["floor"] == {"reason": "of no interest here"}
+
+
+def test_all_are_started_anew_at_each_launch(
+    capsys: pytest.CaptureFixture[str], tiny_bundle: Path, tmp_path: Path
+) -> None:
+    peers = ["--compare", "onnxruntime-raw,diffusers", "--ckpt", str(tmp_path)]
+    found, err = measured(capsys, tiny_bundle, "--only", "step", "--launches", "2", *peers)
+    for figures in (found["sdrt"], found["peers"]["onnxruntime-raw"]):
+        assert len(figures["step"]["all"]) == 4
+    told = [line.removeprefix("sdrt: ") for line in err.splitlines()]
+    assert told.count("launch 2 of 2") == 1
+    assert told.count("sdrt: loading") == told.count("round 2 of 2: sdrt, floor, onnxruntime-raw") == 2
+    assert told.count("diffusers: loading") == 1, "what has failed is not tried again"
+    assert "2 rounds of each of 2 launches" in table(found)
 
 
 def test_a_process_that_is_killed_is_told_of(settings: Settings) -> None:

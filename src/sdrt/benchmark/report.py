@@ -153,8 +153,9 @@ def table(found: Mapping[str, Any]) -> str:
     machine, asked, own = found["machine"], found["settings"], found["sdrt"]
     parts = [part for part in PARTS if part in own]
     images = f"{asked['batch']} images of " if asked["batch"] > 1 else ""
+    again = f" of each of {asked['launches']} launches" if asked["launches"] > 1 else ""
     picture = f"{images}{asked['width']}x{asked['height']}, {asked['steps']} steps of {asked['sampler']}"
-    how = f"guidance {asked['cfg_scale']:g}, {asked['rounds']} rounds"
+    how = f"guidance {asked['cfg_scale']:g}, {asked['rounds']} rounds{again}"
     load = f"load {machine['load_average']} before and {machine['load_average_after']} after"
     lines = [
         f"{found['bundle_folder']} on {found['backend']}: {picture}, {how}",

@@ -87,13 +87,24 @@ def compete(settings: Settings, peers: Sequence[str], tell: Callable[[str], obje
             tell(f"{name} is left out: {records[name].reason}")
         else:
             waiting.append(name)
+    for launch in range(1, settings.launches + 1):
+        if settings.launches > 1:
+            tell(f"launch {launch} of {settings.launches}")
+        _launch(settings, records, [name for name in waiting if records[name].reason is None], tell)
+    return records
+
+
+def _launch(
+    settings: Settings, records: dict[str, Record], waiting: Sequence[str], tell: Callable[[str], object]
+) -> None:
+    """Start everybody, in as many groups as it takes, and let them take turns."""
     while True:
         with ExitStack() as stack:
             group = _Group(settings, records, stack, tell)
             waiting = group.fill(waiting)
             group.run()
         if not waiting:
-            return records
+            return
         tell(f"memory holds no more at once: another group begins, with {', '.join(waiting)} to come")
 
 

@@ -31,7 +31,10 @@ class Settings:
     sampler
         A key of ``SAMPLERS``.
     rounds
-        Turns that count; one more comes first.
+        Turns that count of each process; one more comes first.
+    launches
+        How often everybody is started anew for as many rounds: one process can be faster than the next of the same
+        program for as long as it lives.
     parts
         Of `PARTS`, what is measured.
     checkpoint
@@ -52,6 +55,7 @@ class Settings:
     sampler: str
     cfg_scale: float
     rounds: int
+    launches: int
     guidance_interval: tuple[float, float] | None
     cache_interval: int
     encoder_interval: int

@@ -46,6 +46,13 @@ from .run import interval
     help="How often each is measured, all taking turns; one more turn comes first and does not count.",
 )
 @click.option(
+    "--launches",
+    type=click.IntRange(1, 100),
+    default=1,
+    show_default=True,
+    help="Start everybody anew so many times, each time for that many rounds.",
+)
+@click.option(
     "--compare",
     metavar="A,B,...",
     help="Measure others beside it, with the same weights and settings: diffusers, diffusers-bf16, diffusers-compile, "
