@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 import signal
 import sys
@@ -194,10 +193,6 @@ class _Life:
             self._failure = error
             loop.call_soon_threadsafe(self._ended.set)
             return
-        # What is there now stays. Out of the collector's sight it costs no pause of all threads any more, and what
-        # requests leave behind goes sooner: the collector weighs it against all that it sees.
-        gc.collect()
-        gc.freeze()
         for model in self._service.models:
             how = "pictures share steps" if model.joins else "one picture after the other"
             log.info("%s is ready: %s", model.name, how, extra={"facts": {"model": model.name, "shares": model.joins}})
