@@ -23,7 +23,7 @@ demo:
 	@$(CHECK_PYTHON)
 	@test -x $(DEMO)/bin/python || $(PYTHON) -m venv --clear $(DEMO)
 	@echo "Installing sdrt and onnxruntime into $(DEMO)"
-	@rm -rf build/lib build/bdist.*
+	@rm -rf build/lib* build/temp.* build/bdist.*
 	@$(DEMO)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt '.[cpu]'
 	$(DEMO)/bin/sdrt run "a large red star on a blue background" --bundle demo --steps 20 --seed 42 -o demo.png
 	@echo "The picture is in $(CURDIR)/demo.png"
@@ -44,10 +44,10 @@ clean:
 	find bench engines export runtime src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV)
+	rm -rf $(VENV) runtime/*.so.1
 
 # The file comes last, so an interrupted set-up runs again; pip then keeps what is whole.
-$(READY): pyproject.toml constraints.txt src/sdrt/_version.py
+$(READY): pyproject.toml setup.py runtime/attention.c constraints.txt src/sdrt/_version.py
 	@$(CHECK_PYTHON)
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@echo "Installing sdrt with its tools into $(VENV): PyTorch is among them, so the first time takes minutes"

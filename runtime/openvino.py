@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 
 from ..errors import BackendError, MissingDependencyError, SdrtWarning
+from . import attention
 from .common_rows import compute_once
 from .mapped_pages import let_go_of_pages
 
@@ -110,28 +111,45 @@ class OpenVinoSession:
         sizes = ("x".join(map(str, shape)) for shape in shapes)
         name = "-".join((self._component.name, self._precision, *(["pairs"] if in_pairs else []), *sizes))
         try:
-            model = self._read(shapes)
+            model, attentions = self._read(shapes)
             if in_pairs:
                 try:
                     compute_once(model)
                 except RuntimeError:  # a graph of somebody else's export
-                    model = self._read(shapes)
-            with self._cache.entry(name) as folder:
-                compiled = self._compile_with(model, folder)
+                    model, attentions = self._read(shapes)
+            if attentions:
+                compiled = self._compile_with_attention(model)
+            else:
+                with self._cache.entry(name) as folder:
+                    compiled = self._compile_with(model, folder)
         except (RuntimeError, MemoryError) as error:
             raise BackendError(f"openvino does not compile {self._graph}: {_last_line(error)}") from error
         if self._weights is not None:
             let_go_of_pages(self._weights)  # what is compiled has its own, in the layout of its instructions
         return compiled
 
-    def _read(self, shapes: _Shapes) -> Any:
+    def _read(self, shapes: _Shapes) -> tuple[Any, int]:
+        """Read the graph and tell how many attentions of our own are in it."""
         # The weights stay in their file, of which pages are read as they are needed.
         model = self._core.read_model(self._graph)
         model.reshape({spec.name: shape for spec, shape in zip(self._component.inputs, shapes, strict=True)})
-        return model
+        _fix_shapes(model)
+        return model, attention.put_in(model) if self._precision == "bf16" else 0
+
+    def _options(self) -> dict[str, str]:
+        return {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": _NAMES[self._precision]}
+
+    def _compile_with_attention(self, model: Any) -> Any:
+        """Compile a graph that has operations of ours, which OpenVINO's cache does not take."""
+        try:
+            # Snippets are kernels that are generated for what is between products, attention above all. Without them a
+            # step is no slower, and the graph is compiled in about the time that the cache takes. Not documented.
+            return self._core.compile_model(model, "CPU", self._options() | {"SNIPPETS_MODE": "DISABLE"})
+        except RuntimeError:
+            return self._core.compile_model(model, "CPU", self._options())
 
     def _compile_with(self, model: Any, folder: Path | None) -> Any:
-        options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": _NAMES[self._precision]}
+        options = self._options()
         if folder is None:
             return self._core.compile_model(model, "CPU", options)
         # With its path it need not hash all weights at every start, which stand for themselves in the cache's name.
@@ -201,6 +219,16 @@ class OpenVinoBinding:
         """Free the activations, which all bindings of these shapes share, unless one of them runs just now."""
         with suppress(RuntimeError):
             self._compiled.release_memory()
+
+
+def _fix_shapes(model: Any) -> None:
+    """Put numbers where a graph asks for shapes that are fixed, so that parts of it can be taken by themselves."""
+    from openvino import opset13  # noqa: PLC0415 - imported already
+
+    for node in model.get_ordered_ops():
+        if node.get_type_name() == "ShapeOf":
+            shape = np.array(list(node.get_input_shape(0)), node.output(0).element_type.to_dtype())
+            node.output(0).replace(opset13.constant(shape).output(0))
 
 
 def _last_line(error: Exception) -> str:

@@ -21,9 +21,13 @@ from sdrt.cli import main
 from sdrt.engines import demo, post_training, quantize
 from sdrt.engines.bundle import Bundle
 from sdrt.engines.deviation import deviation
-from sdrt.engines.manifest import Backend
+from sdrt.engines.manifest import Backend, DimRange
 from sdrt.engines.publish import publishing
 from sdrt.engines.quantizers import groups, weighted_layers
+from sdrt.runtime import backends
+from sdrt.runtime.common_rows import compute_once
+from sdrt.runtime.compile_cache import CompileCache
+from sdrt.runtime.openvino import OpenVinoSession
 
 from .engines.example import fill
 
@@ -126,6 +130,20 @@ def test_most_layers_are_quantised_and_none_of_what_has_no_weights(int8: Bundle)
     halves = [quantized_layers(int8, name)[1] for name in ("unet_encoder", "unet_decoder")]
     assert all(halves)
     assert halves[0] | halves[1] == quantized
+
+
+def test_what_both_rows_of_a_guided_step_have_in_common_is_computed_once(int8: Bundle) -> None:
+    sizes = {"batch": 2, "height": 16, "width": 16}
+    given = tuple(
+        tuple(sizes[dim.name] if isinstance(dim, DimRange) else dim for dim in spec.shape)
+        for spec in int8.component("unet").inputs
+    )
+    with backends._openvino_session(int8, "unet", "fp32", CompileCache(int8, "openvino")) as session:
+        assert isinstance(session, OpenVinoSession)
+        model, _ = session._read(given)
+    assert compute_once(model)
+    rows = {node.get_output_shape(0)[0] for node in model.get_ordered_ops() if node.get_type_name() == "Convolution"}
+    assert rows == {1, 2}
 
 
 def picture(bundle: Bundle, backend: str, **approximations: Any) -> NDArray[np.float32]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import stat
 import subprocess
@@ -22,6 +23,8 @@ ROOT = Path(__file__).parents[1]
 SIZE_LIMIT = 230_000_000
 """Bytes on disk of the base install with the extra ``cpu``."""
 WHEEL_LIMIT = 15_000_000
+LIBRARY = "sdrt/runtime/libsdrt_attention.so.1"
+COMPILES = (sys.platform, platform.machine()) == ("linux", "x86_64") and shutil.which("gcc") is not None
 
 
 class Distributions(NamedTuple):
@@ -32,10 +35,12 @@ class Distributions(NamedTuple):
     wheel_of_sdist: Path
 
 
-def build(source: Path, kind: str, out: Path) -> Path:
+def build(source: Path, kind: str, out: Path, **environment: str) -> Path:
     """Build an sdist or a wheel from a folder, and nothing beside it."""
     command = [sys.executable, "-m", "build", f"--{kind}", "--outdir", str(out), str(source)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=300, env=os.environ | environment
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     (made,) = out.iterdir()
     return made
@@ -48,9 +53,17 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> Distributions:
     tree = place / "tree"
     tree.mkdir()
     for folder in ("src", "export", "engines", "runtime", "bench", "tests"):
-        ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
+        ignore = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.so.1")
         shutil.copytree(ROOT / folder, tree / folder, symlinks=True, ignore=ignore)
-    for name in ("pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", "MANIFEST.in", "constraints.txt"):
+    for name in (
+        "pyproject.toml",
+        "setup.py",
+        "README.md",
+        "CHANGELOG.md",
+        "LICENSE",
+        "MANIFEST.in",
+        "constraints.txt",
+    ):
         shutil.copy(ROOT / name, tree)
     sdist = build(tree, "sdist", place / "sdist")
     with tarfile.open(sdist) as archive:
@@ -74,6 +87,7 @@ def test_sdist_holds_each_file_once_and_no_links(distributions: Distributions) -
     names = {str(PurePosixPath(*PurePosixPath(member.name).parts[1:])) for member in members if member.isreg()}
     assert {f"src/{name}" for name in expected_modules()} <= names
     assert {"LICENSE", "README.md", "pyproject.toml", "src/sdrt/export/vocabulary/merges.txt.gz"} <= names
+    assert {"setup.py", "src/sdrt/runtime/attention.c"} <= names
     assert {name.split("/")[0] for name in names if "/" in name} == {"src"}, "no second copy, no tests, no bench"
 
 
@@ -100,6 +114,24 @@ def test_a_wheel_of_the_sdist_is_the_wheel_of_the_tree(distributions: Distributi
         assert {entry.filename: entry.CRC for entry in tree.infolist()} == {
             entry.filename: entry.CRC for entry in sdist.infolist()
         }
+
+
+@pytest.mark.skipif(not COMPILES, reason="attention is compiled for Linux on x86-64, with a C compiler")
+def test_a_wheel_has_what_was_compiled_and_is_for_any_python(distributions: Distributions) -> None:
+    with zipfile.ZipFile(distributions.wheel) as archive:
+        assert archive.read(LIBRARY).startswith(b"\x7fELF")
+        assert not any(entry.endswith(".c") for entry in archive.namelist())
+    assert distributions.wheel.name.endswith("-py3-none-linux_x86_64.whl")
+
+
+def test_without_a_compiler_there_is_a_wheel_without_it(distributions: Distributions, tmp_path: Path) -> None:
+    with tarfile.open(distributions.sdist) as archive:
+        archive.extractall(tmp_path / "tree", filter="data")
+    (tree,) = (tmp_path / "tree").iterdir()
+    wheel = build(tree, "wheel", tmp_path / "wheel", CC="false")
+    with zipfile.ZipFile(wheel) as archive, zipfile.ZipFile(distributions.wheel) as other:
+        assert {*archive.namelist(), LIBRARY} == {*other.namelist(), LIBRARY}
+        assert LIBRARY not in archive.namelist()
 
 
 class Lean(NamedTuple):

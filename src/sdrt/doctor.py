@@ -17,6 +17,7 @@ from .engines.store import home
 from .engines.table import columns
 from .engines.targets import sm_name
 from .engines.tensorrt import supported_capabilities
+from .runtime import attention
 from .runtime.backends import fastest
 from .runtime.openvino import default_precision
 
@@ -48,7 +49,9 @@ def _cpu() -> list[str]:
 
 
 def _openvino_devices() -> list[str]:
-    return ["CPU in bf16 and fp32" if default_precision() == "bf16" else "CPU in fp32"]
+    if default_precision() != "bf16":
+        return ["CPU in fp32"]
+    return ["CPU in bf16 and fp32", *(["attention on AMX"] if attention.kernel() else [])]
 
 
 def _rtx_targets() -> list[str]:

@@ -102,7 +102,7 @@ def some_bundle(request: pytest.FixtureRequest, demo_bundle: Bundle) -> Bundle:
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", ["text_encoder", "unet", "vae_decoder", "unet_shallow"])
 def test_components_compute_what_they_do_in_onnxruntime(some_bundle: Bundle, name: str, precision: Precision) -> None:
-    """And the very same when they are compiled, when that is kept, and when what was kept is taken."""
+    """And the very same when they are compiled again, or what was kept is taken."""
     inputs, shapes = example(some_bundle, name)
     component = some_bundle.component(name)
     with OnnxSession(some_bundle.path(component.graph), component) as reference:
@@ -111,8 +111,9 @@ def test_components_compute_what_they_do_in_onnxruntime(some_bundle: Bundle, nam
     for from_cache in (False, True):
         with session(some_bundle, name, precision) as one:
             (found,) = compute(one, inputs, shapes).values()
-            compiled = one._compiled(tuple(inputs[spec.name].shape for spec in component.inputs), False)
-            assert compiled.get_property("LOADED_FROM_CACHE") is from_cache
+            given = tuple(inputs[spec.name].shape for spec in component.inputs)
+            _, attentions = one._read(given)  # OpenVINO's cache does not take ours
+            assert one._compiled(given, False).get_property("LOADED_FROM_CACHE") is (from_cache and not attentions)
             runs.append(found)
     fp16 = some_bundle.manifest.precision == "fp16"
     assert relative(runs[0], expected) < (max(TOLERANCE[precision], 1e-2) if fp16 else TOLERANCE[precision])
