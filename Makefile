@@ -47,7 +47,7 @@ distclean: clean
 	rm -rf $(VENV) runtime/*.so.1
 
 # The file comes last, so an interrupted set-up runs again; pip then keeps what is whole.
-$(READY): pyproject.toml setup.py runtime/attention.c constraints.txt src/sdrt/_version.py
+$(READY): pyproject.toml setup.py $(wildcard runtime/*.[ch]) constraints.txt src/sdrt/_version.py
 	@$(CHECK_PYTHON)
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@echo "Installing sdrt with its tools into $(VENV): PyTorch is among them, so the first time takes minutes"

@@ -1,4 +1,4 @@
-"""What pyproject.toml has no words for: the one file in C, which is compiled where that can be done."""
+"""What pyproject.toml has no words for: the kernels in C, which are compiled where that can be done."""
 
 from __future__ import annotations
 
@@ -29,16 +29,17 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", name
 
 
-ATTENTION = Extension(
-    "sdrt.runtime.sdrt_attention",
-    ["src/sdrt/runtime/attention.c"],
+KERNELS = Extension(
+    "sdrt.runtime.sdrt_kernels",
+    [f"src/sdrt/runtime/{name}.c" for name in ("kernels", "attention", "group_norm")],
+    depends=["src/sdrt/runtime/kernels.h"],
     # Without its own paths in it, it is the same wherever it is compiled.
     extra_compile_args=["-std=gnu11", "-O2", "-g0"],
-    extra_link_args=["-s", "-pthread", "-Wl,--build-id=none"],
+    extra_link_args=["-s", "-pthread", "-lm", "-Wl,--build-id=none"],
     optional=True,  # without a compiler sdrt is as good, and slower on some machines
 )
 
 may_have_amx = sys.platform == "linux" and platform.machine() == "x86_64"
 commands = {"bdist_wheel": PlatformWheel, "build_ext": SharedLibrary}
-settings: dict[str, Any] = {"ext_modules": [ATTENTION], "cmdclass": commands} if may_have_amx else {}
+settings: dict[str, Any] = {"ext_modules": [KERNELS], "cmdclass": commands} if may_have_amx else {}
 setup(**settings)

@@ -1,4 +1,4 @@
-/* Attention in bf16 on the matrix units (AMX) of x86-64 processors, under Linux; attention.py loads it.
+/* Attention in bf16 on the matrix units (AMX) of x86-64 processors.
  *
  * softmax(scale q k^T) v, without the scores ever being in memory as a whole: a block of queries goes over the keys in
  * pieces, and what it has summed is scaled down when a score turns up that is greater by far (Milakov and Gimelshein,
@@ -10,32 +10,20 @@
  * where a right operand holds each two rows of its matrix interleaved.
  */
 
-#define _GNU_SOURCE
-#include <cpuid.h>
-#include <immintrin.h>
+#include "kernels.h"
+
 #include <math.h>
-#include <pthread.h>
-#include <sched.h>
-#include <stdatomic.h>
-#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
-/* For the functions alone, so that what asks whether the processor has all this runs on any. */
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16")))
-#define INLINE TARGET static inline __attribute__((always_inline))
 
 enum {
-    TILE = 16,  /* rows of a tile, and fp32 in each of them */
+    TILE = 16,   /* rows of a tile, and fp32 in each of them */
     PAIRED = 32, /* bf16 in a row */
     TILE_SIZE = TILE * PAIRED,
     QUERIES = 2 * TILE, /* in a block */
     KEYS = 96,          /* in a piece: scores and weights of a block stay in half of the first cache */
     BF16_ONE = 0x3f80,
-    UNITS_A_THREAD = 2, /* so that the last one to finish is not long alone */
-    MOST_THREADS = 256,
+    UNITS_A_THREAD = 2,       /* so that the last one to finish is not long alone */
     WORTH_A_THREAD = 1 << 22, /* products */
 };
 
@@ -49,6 +37,7 @@ typedef struct {
     float scale;
     int64_t groups;     /* parts that the queries of a head are cut into; each is a unit of work */
     atomic_llong taken; /* units */
+    atomic_int threads;
 } job_t;
 
 /* What a thread works in; tiles of right operands one after the other, all else by rows. */
@@ -60,20 +49,6 @@ typedef struct {
     float *sums;             /* [QUERIES][width * 16], the sum of the weights behind those of the values */
 } space_t;
 
-static cpu_set_t processors;
-
-/* Make ready, once a process: 0, or -1 where this cannot run. Not from a thread that is bound to one processor. */
-int sdrt_attention_prepare(void) {
-    enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 }; /* of arch_prctl */
-    unsigned a, b, c, d;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return -1;
-    const unsigned avx512 = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
-    if ((b & avx512) != avx512 || !(d & 1u << 22 /* AMX-BF16 */) || !(d & 1u << 24 /* AMX-TILE */)) return -1;
-    if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & 1u << 5 /* AVX512-BF16 */)) return -1;
-    if (sched_getaffinity(0, sizeof processors, &processors)) return -1;
-    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) ? -1 : 0;
-}
-
 TARGET static void configure_tiles(void) {
     struct {
         uint8_t palette, start, reserved[14];
@@ -82,16 +57,6 @@ TARGET static void configure_tiles(void) {
     } shape = {.palette = 1};
     for (int i = 0; i < 8; i++) shape.row_bytes[i] = PAIRED * 2, shape.rows[i] = TILE;
     _tile_loadconfig(&shape);
-}
-
-/* 2^x: scalef takes the integer below x as it is, and the rest is a polynomial, within 7.5e-5 for bf16's 2e-3. */
-INLINE __m512 exp2_of(__m512 x) {
-    const __m512 rest = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);
-    __m512 y = _mm512_set1_ps(0.078024432f);
-    y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(0.226067305f));
-    y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(0.695833445f));
-    y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(0.999925256f));
-    return _mm512_scalef_ps(y, x);
 }
 
 /* A mask of the first of 16, as many as there are. */
@@ -298,7 +263,8 @@ INLINE void work_in(job_t *job, const space_t *space, const int64_t depth, const
     }
 }
 
-TARGET static void *work(void *given) {
+TARGET static void work(void *given, int index) {
+    (void)index;
     job_t *job = given;
     const int64_t depth = (job->dim + PAIRED - 1) / PAIRED, width = job->dim / TILE + 1;
     const int64_t padded = (job->keys + PAIRED - 1) / PAIRED * PAIRED;
@@ -315,7 +281,7 @@ TARGET static void *work(void *given) {
     int64_t bytes = 0;
     for (int i = 0; i < COUNT; i++) bytes += parts[i].bytes;
     char *memory = aligned_alloc(64, (size_t)bytes);
-    if (!memory) return NULL; /* the others go on */
+    if (!memory) return; /* the others go on */
     char *at = memory;
     for (int i = 0; i < COUNT; at += parts[i++].bytes) *parts[i].part = at;
     configure_tiles();
@@ -325,7 +291,6 @@ TARGET static void *work(void *given) {
         work_in(job, &space, depth, width);
     _tile_release();
     free(memory);
-    return NULL;
 }
 
 /* o = softmax(scale q k^T) v for each head. q and o are [batch, queries, heads * dim], k and v [batch, keys, heads *
@@ -336,20 +301,9 @@ int sdrt_attention(const uint16_t *q, const uint16_t *k, const uint16_t *v, uint
     const int64_t all = batch * heads, blocks = (queries + QUERIES - 1) / QUERIES;
     const int64_t worth = all * queries * keys * dim / WORTH_A_THREAD + 1;
     if (threads > worth) threads = (int)worth;
-    if (threads > MOST_THREADS) threads = MOST_THREADS;
     int64_t groups = (UNITS_A_THREAD * threads + all - 1) / all;
     if (groups > blocks) groups = blocks;
     job_t job = {q, k, v, o, batch, queries, keys, heads, dim, scale, .groups = groups};
-    pthread_t others[MOST_THREADS];
-    pthread_attr_t attributes;
-    int started = 0;
-    if (threads > 1 && !pthread_attr_init(&attributes)) {
-        /* OpenVINO binds its threads to a processor each, and theirs would be inherited. */
-        pthread_attr_setaffinity_np(&attributes, sizeof processors, &processors);
-        while (started + 1 < threads && !pthread_create(&others[started], &attributes, work, &job)) started++;
-        pthread_attr_destroy(&attributes);
-    }
-    work(&job);
-    for (int i = 0; i < started; i++) pthread_join(others[i], NULL);
+    run_on_threads(work, &job, threads, &job.threads);
     return atomic_load(&job.taken) ? 0 : -1;
 }

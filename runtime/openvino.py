@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 
 from ..errors import BackendError, MissingDependencyError, SdrtWarning
-from . import attention
+from . import attention, group_norm
 from .common_rows import compute_once
 from .mapped_pages import let_go_of_pages
 
@@ -111,14 +111,14 @@ class OpenVinoSession:
         sizes = ("x".join(map(str, shape)) for shape in shapes)
         name = "-".join((self._component.name, self._precision, *(["pairs"] if in_pairs else []), *sizes))
         try:
-            model, attentions = self._read(shapes)
+            model, own = self._read(shapes)
             if in_pairs:
                 try:
                     compute_once(model)
                 except RuntimeError:  # a graph of somebody else's export
-                    model, attentions = self._read(shapes)
-            if attentions:
-                compiled = self._compile_with_attention(model)
+                    model, own = self._read(shapes)
+            if own:
+                compiled = self._compile_with_kernels(model)
             else:
                 with self._cache.entry(name) as folder:
                     compiled = self._compile_with(model, folder)
@@ -129,17 +129,17 @@ class OpenVinoSession:
         return compiled
 
     def _read(self, shapes: _Shapes) -> tuple[Any, int]:
-        """Read the graph and tell how many attentions of our own are in it."""
+        """Read the graph and tell how many operations of our own are in it."""
         # The weights stay in their file, of which pages are read as they are needed.
         model = self._core.read_model(self._graph)
         model.reshape({spec.name: shape for spec, shape in zip(self._component.inputs, shapes, strict=True)})
         _fix_shapes(model)
-        return model, attention.put_in(model) if self._precision == "bf16" else 0
+        return model, attention.put_in(model) + group_norm.put_in(model) if self._precision == "bf16" else 0
 
     def _options(self) -> dict[str, str]:
         return {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": _NAMES[self._precision]}
 
-    def _compile_with_attention(self, model: Any) -> Any:
+    def _compile_with_kernels(self, model: Any) -> Any:
         """Compile a graph that has operations of ours, which OpenVINO's cache does not take."""
         try:
             # Snippets are kernels that are generated for what is between products, attention above all. Without them a

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 SIZE_LIMIT = 230_000_000
 """Bytes on disk of the base install with the extra ``cpu``."""
 WHEEL_LIMIT = 15_000_000
-LIBRARY = "sdrt/runtime/libsdrt_attention.so.1"
+LIBRARY = "sdrt/runtime/libsdrt_kernels.so.1"
 COMPILES = (sys.platform, platform.machine()) == ("linux", "x86_64") and shutil.which("gcc") is not None
 
 
@@ -87,7 +87,7 @@ def test_sdist_holds_each_file_once_and_no_links(distributions: Distributions) -
     names = {str(PurePosixPath(*PurePosixPath(member.name).parts[1:])) for member in members if member.isreg()}
     assert {f"src/{name}" for name in expected_modules()} <= names
     assert {"LICENSE", "README.md", "pyproject.toml", "src/sdrt/export/vocabulary/merges.txt.gz"} <= names
-    assert {"setup.py", "src/sdrt/runtime/attention.c"} <= names
+    assert {"setup.py", "src/sdrt/runtime/attention.c", "src/sdrt/runtime/kernels.h"} <= names
     assert {name.split("/")[0] for name in names if "/" in name} == {"src"}, "no second copy, no tests, no bench"
 
 
@@ -116,7 +116,7 @@ def test_a_wheel_of_the_sdist_is_the_wheel_of_the_tree(distributions: Distributi
         }
 
 
-@pytest.mark.skipif(not COMPILES, reason="attention is compiled for Linux on x86-64, with a C compiler")
+@pytest.mark.skipif(not COMPILES, reason="the kernels are compiled for Linux on x86-64, with a C compiler")
 def test_a_wheel_has_what_was_compiled_and_is_for_any_python(distributions: Distributions) -> None:
     with zipfile.ZipFile(distributions.wheel) as archive:
         assert archive.read(LIBRARY).startswith(b"\x7fELF")

@@ -17,8 +17,8 @@ from .engines.store import home
 from .engines.table import columns
 from .engines.targets import sm_name
 from .engines.tensorrt import supported_capabilities
-from .runtime import attention
 from .runtime.backends import fastest
+from .runtime.kernels import kernels
 from .runtime.openvino import default_precision
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def _cpu() -> list[str]:
 def _openvino_devices() -> list[str]:
     if default_precision() != "bf16":
         return ["CPU in fp32"]
-    return ["CPU in bf16 and fp32", *(["attention on AMX"] if attention.kernel() else [])]
+    return ["CPU in bf16 and fp32", *(["own kernels on AMX"] if kernels() else [])]
 
 
 def _rtx_targets() -> list[str]:

@@ -1,4 +1,4 @@
-"""Attention in C against numpy, alone and in a graph; skipped where it is not compiled or the CPU has no AMX."""
+"""Attention in C against numpy, alone and in graphs; skipped where it is not compiled or the CPU has no AMX."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from sdrt.engines.bundle import Bundle
-from sdrt.engines.manifest import DimRange
-from sdrt.errors import BackendError
-from sdrt.runtime import attention, backends
-from sdrt.runtime.compile_cache import CompileCache
+from sdrt.runtime import attention
+from sdrt.runtime.kernels import kernels
+
+from .kernel_checks import NOT_WRITTEN, bf16, fp32, kinds, needs_kernels, openvino, read, tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,30 +21,16 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-openvino = pytest.importorskip("openvino")
-
-needs_kernel = pytest.mark.skipif(attention.kernel() is None, reason="not compiled, or a CPU without AMX")
-
-
-def bf16(array: Array) -> Array:
-    """Round to bf16 as processors do, as the upper halves of float32."""
-    bits = array.astype(np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-
-
-def fp32(array: Array) -> Array:
-    return (array.astype(np.uint32) << 16).view(np.float32)
-
 
 def attend(q: Array, k: Array, v: Array, heads: int, scale: float, threads: int = 2) -> Array:
     """Call the kernel with arrays of bf16."""
-    compute = attention.kernel()
-    assert compute is not None
+    found = kernels()
+    assert found is not None
     batch, queries, width = q.shape
-    # A value that nothing gives: what is not written is seen.
-    result = np.full((batch, queries + 1, width), 0x7FC1, np.uint16)[:, :queries].copy()
+    result = np.full(q.shape, NOT_WRITTEN, np.uint16)
     pointers = [array.ctypes.data for array in (q, k, v, result)]
-    assert compute(*pointers, batch, queries, k.shape[1], heads, width // heads, scale, threads) == 0
+    assert found.attention(*pointers, batch, queries, k.shape[1], heads, width // heads, scale, threads) == 0
+    assert (result != NOT_WRITTEN).all()
     return result
 
 
@@ -61,15 +47,11 @@ def expected(q: Array, k: Array, v: Array, heads: int, scale: float) -> Array:
     return mean.transpose(0, 2, 1, 3).reshape(q.shape)
 
 
-def tokens(seed: int, *shape: int, spread: float = 1.0) -> Array:
-    return bf16(np.random.default_rng(seed).standard_normal(shape, np.float32) * spread)
-
-
 def error(found: Array, right: Array) -> float:
     return float(np.linalg.norm(fp32(found) - right) / np.linalg.norm(right))
 
 
-@needs_kernel
+@needs_kernels
 @pytest.mark.parametrize("dim", [1, 8, 31, 32, 33, 40, 47, 48, 63, 64, 80, 160, 512])
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 300), (33, 31), (64, 96), (70, 77), (300, 97)])
 def test_any_sizes(dim: int, queries: int, keys: int) -> None:
@@ -79,14 +61,14 @@ def test_any_sizes(dim: int, queries: int, keys: int) -> None:
     assert error(attend(q, k, v, heads, scale), expected(q, k, v, heads, scale)) < 0.006
 
 
-@needs_kernel
+@needs_kernels
 @pytest.mark.parametrize("length", [4096, 9216])
 def test_stable_diffusions_own_sizes(length: int) -> None:
     q, k, v = (tokens(seed, 1, length, 2 * 40) for seed in range(3))
     assert error(attend(q, k, v, 2, 40**-0.5), expected(q, k, v, 2, 40**-0.5)) < 0.006
 
 
-@needs_kernel
+@needs_kernels
 @pytest.mark.parametrize("rising", [True, False])
 def test_scores_far_apart(rising: bool) -> None:
     q, k, v = tokens(0, 1, 64, 40, spread=8), tokens(1, 1, 1000, 40), tokens(2, 1, 1000, 40)
@@ -101,7 +83,7 @@ def test_scores_far_apart(rising: bool) -> None:
     np.testing.assert_allclose(fp32(found)[0, 0], right[0, 0], atol=0.02)
 
 
-@needs_kernel
+@needs_kernels
 def test_all_scores_far_below_zero() -> None:
     q, k, v = tokens(0, 1, 5, 40), tokens(1, 1, 97, 40), tokens(2, 1, 97, 40)
     k[:] = bf16(-100 * np.sign(fp32(q)[0, 0]))
@@ -110,7 +92,7 @@ def test_all_scores_far_below_zero() -> None:
     assert error(attend(q, k, v, 1, 1.0), expected(q, k, v, 1, 1.0)) < 0.006
 
 
-@needs_kernel
+@needs_kernels
 @pytest.mark.parametrize("where", ["q", "k", "v"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_what_is_no_number_is_not_hidden(where: str, bad: float) -> None:
@@ -122,7 +104,7 @@ def test_what_is_no_number_is_not_hidden(where: str, bad: float) -> None:
     assert np.isfinite(found[0, :, 40:]).all(), "the other head"
 
 
-@needs_kernel
+@needs_kernels
 def test_threads_change_nothing() -> None:
     q, k, v = (tokens(seed, 2, 1000, 5 * 40) for seed in range(3))
     found = [attend(q, k, v, 5, 0.2, threads) for threads in (1, 2, 3, 16, 1000)]
@@ -130,27 +112,7 @@ def test_threads_change_nothing() -> None:
         np.testing.assert_array_equal(other, found[0])
 
 
-def unet_shapes(bundle: Bundle) -> dict[str, tuple[int, ...]]:
-    sizes = {"batch": 2, "height": 8, "width": 12}
-    component = bundle.component("unet")
-    return {
-        spec.name: tuple(sizes[dim.name] if isinstance(dim, DimRange) else dim for dim in spec.shape)
-        for spec in (*component.inputs, *component.outputs)
-    }
-
-
-def read(bundle: Bundle, name: str = "unet") -> Any:
-    component, shapes = bundle.component(name), unet_shapes(bundle)
-    model = openvino.Core().read_model(bundle.path(component.graph))
-    model.reshape({spec.name: shapes[spec.name] for spec in component.inputs if spec.name in shapes})
-    return model
-
-
-def kinds(model: Any) -> list[str]:
-    return [node.get_type_name() for node in model.get_ordered_ops()]
-
-
-@needs_kernel
+@needs_kernels
 @pytest.mark.parametrize("bundle", ["tiny_bundle", "tiny_fp16_bundle"])
 def test_every_attention_of_a_unet(bundle: str, request: pytest.FixtureRequest) -> None:
     model = read(Bundle.open(request.getfixturevalue(bundle)))
@@ -176,7 +138,7 @@ def other_axis(softmax: Any) -> None:
     softmax.output(0).replace(openvino.opset13.softmax(softmax.input_value(0), 2).output(0))
 
 
-@needs_kernel
+@needs_kernels
 @pytest.mark.parametrize("change", [masked, negative, other_axis])
 def test_what_is_no_such_attention_is_left_alone(change: Callable[[Any], None], tiny_bundle: Path) -> None:
     model = read(Bundle.open(tiny_bundle))
@@ -185,71 +147,3 @@ def test_what_is_no_such_attention_is_left_alone(change: Callable[[Any], None], 
     model.validate_nodes_and_infer_types()
     assert attention.put_in(model) == len(softmaxes) - 1
     assert kinds(model).count("Softmax") == 1
-
-
-def predict(bundle: Bundle, precision: Any, *, in_pairs: bool = False) -> Array:
-    """Run a U-Net in a session of its own."""
-    shapes = unet_shapes(bundle)
-    rng = np.random.default_rng(0)
-    given = {spec.name: rng.standard_normal(shapes[spec.name], np.float32) for spec in bundle.component("unet").inputs}
-    given["latents"][1] = given["latents"][0]
-    given["timestep"][:] = 500
-    with backends._openvino_session(bundle, "unet", precision, CompileCache(bundle, "openvino")) as session:
-        binding = session.bind(shapes, in_pairs=in_pairs)
-        for name, array in given.items():
-            binding.inputs[name][...] = array
-        binding.run()
-        return binding.outputs["prediction"].copy()
-
-
-@needs_kernel
-@pytest.mark.parametrize("in_pairs", [False, True])
-def test_a_session_computes_the_same_with_it_and_without(
-    in_pairs: bool, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("SDRT_HOME", str(tmp_path))
-    bundle = Bundle.open(tiny_bundle)
-    calls: list[Any] = []
-    real = attention.kernel()
-    assert real is not None
-
-    def counted(*given: Any) -> int:
-        calls.append(given)
-        return real(*given)
-
-    exact = predict(bundle, "fp32")
-    attention._operation.cache_clear()
-    monkeypatch.setattr(attention, "kernel", lambda: counted)
-    own = predict(bundle, "bf16", in_pairs=in_pairs)
-    attention._operation.cache_clear()
-    assert len(calls) == kinds(read(bundle)).count("Softmax")
-    monkeypatch.setattr(attention, "kernel", lambda: None)
-    theirs = predict(bundle, "bf16", in_pairs=in_pairs)
-    scale = np.linalg.norm(exact)
-    assert 0 < np.linalg.norm(own - exact) / scale < 1.2 * np.linalg.norm(theirs - exact) / scale < 0.1
-
-
-@needs_kernel
-def test_what_fails_in_it_is_an_error(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    attention._operation.cache_clear()
-    monkeypatch.setattr(attention, "kernel", lambda: lambda *_: -1)
-    with pytest.raises(BackendError, match="unet failed in openvino"):
-        predict(Bundle.open(tiny_bundle), "bf16")
-    attention._operation.cache_clear()
-
-
-@pytest.mark.parametrize("content", [None, b"not a library"])
-def test_without_the_library_openvinos_own_remains(
-    content: bytes | None, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    library = tmp_path / "libsdrt_attention.so.1"
-    if content is not None:
-        library.write_bytes(content)
-    monkeypatch.setattr(attention, "LIBRARY", library)
-    attention.kernel.cache_clear()
-    try:
-        model = read(Bundle.open(tiny_bundle))
-        assert attention.put_in(model) == 0
-        assert "SdrtAttention" not in kinds(model)
-    finally:
-        attention.kernel.cache_clear()

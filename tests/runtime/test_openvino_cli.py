@@ -10,8 +10,8 @@ import pytest
 
 from sdrt.cli import main
 from sdrt.engines import demo, store
-from sdrt.runtime import attention
 from sdrt.runtime.backends import fastest
+from sdrt.runtime.kernels import kernels
 from sdrt.runtime.openvino import default_precision
 
 if TYPE_CHECKING:
@@ -115,4 +115,4 @@ def test_doctor_names_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert facts["backend"] == fastest()
     cpu, *more = facts["parts"]["openvino"]["devices"]
     assert cpu == ("CPU in bf16 and fp32" if default_precision() == "bf16" else "CPU in fp32")
-    assert more == (["attention on AMX"] if attention.kernel() else [])
+    assert more == (["own kernels on AMX"] if kernels() else [])

@@ -1,0 +1,139 @@
+"""Group normalisation, and the SiLU after it, in OpenVINO's graphs in bf16.
+
+OpenVINO normalises with one channel after the other, and moves everything there and back, since convolutions have the
+channels side by side. ``group_norm.c`` takes it as it is.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .kernels import OtherGraphError, given, is_float, kernels, operation_class, taken
+
+_LANES = 16  # of channels, in the kernel
+_CHANNELS_LAST, _CHANNELS_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
+
+
+def put_in(model: Any) -> int:
+    """Replace group normalisation in a graph, if there are `kernels` to replace it with.
+
+    Parameters
+    ----------
+    model
+        An ``openvino.Model`` of fixed shapes that will be compiled for bf16, changed in place.
+
+    Returns
+    -------
+    int
+        How many were replaced.
+
+    """
+    if kernels() is None:
+        return 0
+    from openvino import opset13  # noqa: PLC0415 - imported already, by whoever made the model
+
+    count = 0
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "MVN":
+            continue
+        try:
+            found = _read(node)
+        except OtherGraphError:
+            continue
+        last = opset13.convert(opset13.transpose(found.x, np.array(_CHANNELS_LAST)), "bf16")
+        inputs = [last, opset13.constant(found.scale), opset13.constant(found.shift)]
+        computed = _operation()([each.output(0) for each in inputs], found.groups, found.epsilon, int(found.silu))
+        kind = found.result.element_type.to_string()
+        first = opset13.transpose(opset13.convert(computed, kind), np.array(_CHANNELS_FIRST))
+        found.result.replace(first.output(0))
+        count += 1
+    return count
+
+
+class _GroupNorm(NamedTuple):
+    """What of a graph is group normalisation of x [batch, channels, height, width]."""
+
+    x: Any
+    result: Any
+    scale: Any
+    shift: Any
+    groups: int
+    epsilon: float
+    silu: bool
+
+
+def _read(mvn: Any) -> _GroupNorm:
+    """Read what a normalisation is part of, as ``export/`` writes it."""
+    grouped = given(mvn, 0, "Reshape")
+    x = grouped.input_value(0)
+    shape, groups = list(x.shape), list(mvn.get_output_shape(0))
+    facts = mvn.get_attributes()
+    if (
+        len(shape) != 4
+        or len(groups) != 3
+        or shape[0] != groups[0]
+        or shape[1] % _LANES
+        or shape[1] % groups[1]
+        or [int(axis) for axis in given(mvn, 1, "Constant").data] not in ([2], [-1])
+        or not facts["normalize_variance"]
+        or facts["eps_mode"] != "INSIDE_SQRT"
+    ):
+        raise OtherGraphError
+    # What ONNX's InstanceNormalization scales and shifts by, which is nothing here.
+    scaled = taken(mvn, "Multiply")
+    shifted = taken(scaled, "Add")
+    if (_numbers(scaled) != 1).any() or (_numbers(shifted) != 0).any():
+        raise OtherGraphError
+    whole = taken(shifted, "Reshape")
+    multiplied = taken(whole, "Multiply")
+    added = taken(multiplied, "Add")
+    scale, shift = _of_channels(multiplied, shape[1]), _of_channels(added, shape[1])
+    end = _silu(added) or added
+    if list(whole.get_output_shape(0)) != shape or not is_float(x, end.output(0)):
+        raise OtherGraphError
+    return _GroupNorm(x, end.output(0), scale, shift, groups[1], facts["eps"], end is not added)
+
+
+def _numbers(node: Any) -> Any:
+    """Give the constant that a node's second input is, by way of a change of its shape or not."""
+    try:
+        return given(given(node, 1, "Reshape"), 0, "Constant").data
+    except OtherGraphError:
+        return given(node, 1, "Constant").data
+
+
+def _of_channels(node: Any, channels: int) -> Any:
+    """Give a constant with one number for each channel."""
+    numbers = _numbers(node)
+    if numbers.size != channels or list(node.input_value(1).shape)[-3:] != [channels, 1, 1]:
+        raise OtherGraphError
+    return np.array(numbers, np.float32).reshape(-1)
+
+
+def _silu(node: Any) -> Any:
+    """Give the product with its own sigmoid that is all that a node's output is for; None if there is another use."""
+    users = {target.get_node().get_type_name(): target.get_node() for target in node.output(0).get_target_inputs()}
+    if set(users) != {"Sigmoid", "Multiply"} or len(node.output(0).get_target_inputs()) != 2:
+        return None
+    product, gate = users["Multiply"], users["Sigmoid"]
+    gates = [target.get_node() for target in gate.output(0).get_target_inputs()]
+    return product if [each.friendly_name for each in gates] == [product.friendly_name] else None
+
+
+@functools.cache
+def _operation() -> Any:
+    found = kernels()
+    assert found is not None
+    compute, threads = found.group_norm, found.threads
+
+    class SdrtGroupNorm(operation_class()):  # type: ignore[misc]
+        def compute(self, addresses: list[int], shapes: Any) -> int:
+            groups, epsilon, silu = self.settings
+            rows, height, width, channels = shapes[0]
+            sizes = (rows, height * width, channels, groups)
+            return compute(*addresses, *sizes, epsilon, silu, threads)
+
+    return SdrtGroupNorm
