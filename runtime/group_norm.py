@@ -7,6 +7,7 @@ channels side by side. ``group_norm.c`` takes it as it is.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +15,8 @@ import numpy as np
 from .kernels import OtherGraphError, given, is_float, kernels, operation_class, taken
 
 _LANES = 16  # of channels, in the kernel
+# With fewer numbers the call itself takes longer than OpenVINO does.
+_LEAST_NUMBERS = 1 << 18
 _CHANNELS_LAST, _CHANNELS_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
 
 
@@ -75,6 +78,7 @@ def _read(mvn: Any) -> _GroupNorm:
         len(shape) != 4
         or len(groups) != 3
         or shape[0] != groups[0]
+        or math.prod(shape) < _LEAST_NUMBERS
         or shape[1] % _LANES
         or shape[1] % groups[1]
         or [int(axis) for axis in given(mvn, 1, "Constant").data] not in ([2], [-1])

@@ -211,7 +211,10 @@ class OpenVinoBinding:
 
         """
         try:
-            self._request.infer()
+            # On a thread of OpenVINO's, for what a signal's handler raises comes up in the main thread's next line of
+            # Python, and that would be within an operation of ours.
+            self._request.start_async()
+            self._request.wait()
         except (RuntimeError, MemoryError) as error:
             raise BackendError(f"{self._name} failed in openvino: {_last_line(error)}") from error
 

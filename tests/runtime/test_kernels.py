@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,9 +10,10 @@ import pytest
 
 from sdrt.engines.bundle import Bundle
 from sdrt.errors import BackendError
-from sdrt.runtime import attention, group_norm, kernels
+from sdrt.runtime import attention, backends, group_norm, kernels
+from sdrt.runtime.compile_cache import CompileCache
 
-from .kernel_checks import kinds, needs_kernels, predict, read
+from .kernel_checks import kinds, needs_kernels, predict, read, unet_shapes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,8 +21,9 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(autouse=True)
-def forget() -> Iterator[None]:
-    """Let no operation remember the kernels of another test."""
+def forget(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let no operation remember the kernels of another test, and small models have all of them."""
+    monkeypatch.setattr(group_norm, "_LEAST_NUMBERS", 1)
     yield
     kernels.kernels.cache_clear()
     for module in (attention, group_norm):
@@ -91,3 +94,32 @@ def test_without_the_library_openvinos_own_remain(
     before = kinds(model)
     assert attention.put_in(model) + group_norm.put_in(model) == 0
     assert kinds(model) == before
+
+
+class _AlarmError(Exception):
+    pass
+
+
+def run_on(binding: Any) -> None:
+    while True:
+        binding.run()
+
+
+@needs_kernels
+def test_what_a_signal_raises_comes_out_as_it_is(tiny_bundle: Path) -> None:
+    def ring(_signal: int, _frame: object) -> None:
+        raise _AlarmError
+
+    before = signal.signal(signal.SIGALRM, ring)
+    shapes = unet_shapes(bundle := Bundle.open(tiny_bundle))
+    try:
+        with backends._openvino_session(bundle, "unet", "bf16", CompileCache(bundle, "openvino")) as session:
+            binding = session.bind(shapes)
+            for _ in range(20):
+                signal.setitimer(signal.ITIMER_REAL, 0.02)
+                with pytest.raises(_AlarmError):
+                    run_on(binding)
+            binding.run()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
