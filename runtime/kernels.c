@@ -44,8 +44,13 @@ void run_on_threads(void (*work)(void *job, int index), void *job, int threads, 
     int all = 1;
     if (threads > MOST_THREADS) threads = MOST_THREADS;
     if (threads > 1 && !pthread_attr_init(&attributes)) {
-        /* OpenVINO binds its threads to a processor each, and theirs would be inherited. */
-        pthread_attr_setaffinity_np(&attributes, sizeof processors, &processors);
+        /* OpenVINO binds its threads to a processor each: that of the caller is not to be inherited, but left to it. */
+        cpu_set_t mine, free_for_others = processors;
+        if (!sched_getaffinity(0, sizeof mine, &mine) && CPU_COUNT(&mine) == 1) {
+            CPU_XOR(&mine, &mine, &processors); /* all others, for the caller's is one of them */
+            if (CPU_COUNT(&mine) < CPU_COUNT(&processors) && CPU_COUNT(&mine)) free_for_others = mine;
+        }
+        pthread_attr_setaffinity_np(&attributes, sizeof free_for_others, &free_for_others);
         for (; all < threads; all++) {
             starts[all] = (start_t){work, job, all};
             if (pthread_create(&others[all], &attributes, begin, &starts[all])) break;
