@@ -9,40 +9,21 @@ from __future__ import annotations
 import functools
 from typing import Any, NamedTuple
 
-from .kernels import OtherGraphError, given, is_float, kernels, operation_class, taken
+from .kernels import OtherGraphError, given, is_float, kernels, operation_class, replace_each, taken
 
 
 def put_in(model: Any) -> int:
-    """Replace attention in a graph, if there are `kernels` to replace it with.
+    """Replace attention in a graph, as `replace_each` does, and tell how many there were."""
+    return replace_each(model, "Softmax", _replace)
 
-    Parameters
-    ----------
-    model
-        An ``openvino.Model`` of fixed shapes that will be compiled for bf16, changed in place.
 
-    Returns
-    -------
-    int
-        How many were replaced.
-
-    """
-    if kernels() is None:
-        return 0
+def _replace(softmax: Any) -> None:
     from openvino import opset13  # noqa: PLC0415 - imported already, by whoever made the model
 
-    count = 0
-    for node in model.get_ordered_ops():
-        if node.get_type_name() != "Softmax":
-            continue
-        try:
-            found = _read(node)
-        except OtherGraphError:
-            continue
-        halves = [opset13.convert(each, "bf16").output(0) for each in (found.q, found.k, found.v)]
-        computed = _operation()(halves, found.heads, found.scale)
-        found.result.replace(opset13.convert(computed, found.result.element_type.to_string()).output(0))
-        count += 1
-    return count
+    found = _read(softmax)
+    halves = [opset13.convert(each, "bf16").output(0) for each in (found.q, found.k, found.v)]
+    computed = _operation()(halves, found.heads, found.scale)
+    found.result.replace(opset13.convert(computed, found.result.element_type.to_string()).output(0))
 
 
 class _Attention(NamedTuple):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .kernels import OtherGraphError, given, is_float, kernels, operation_class, taken
+from .kernels import OtherGraphError, given, is_float, kernels, operation_class, replace_each, taken
 
 _LANES = 16  # of channels, in the kernel
 # With fewer numbers the call itself takes longer than OpenVINO does.
@@ -21,39 +21,20 @@ _CHANNELS_LAST, _CHANNELS_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
 
 
 def put_in(model: Any) -> int:
-    """Replace group normalisation in a graph, if there are `kernels` to replace it with.
+    """Replace group normalisation in a graph, as `replace_each` does, and tell how many there were."""
+    return replace_each(model, "MVN", _replace)
 
-    Parameters
-    ----------
-    model
-        An ``openvino.Model`` of fixed shapes that will be compiled for bf16, changed in place.
 
-    Returns
-    -------
-    int
-        How many were replaced.
-
-    """
-    if kernels() is None:
-        return 0
+def _replace(mvn: Any) -> None:
     from openvino import opset13  # noqa: PLC0415 - imported already, by whoever made the model
 
-    count = 0
-    for node in model.get_ordered_ops():
-        if node.get_type_name() != "MVN":
-            continue
-        try:
-            found = _read(node)
-        except OtherGraphError:
-            continue
-        last = opset13.convert(opset13.transpose(found.x, np.array(_CHANNELS_LAST)), "bf16")
-        inputs = [last, opset13.constant(found.scale), opset13.constant(found.shift)]
-        computed = _operation()([each.output(0) for each in inputs], found.groups, found.epsilon, int(found.silu))
-        kind = found.result.element_type.to_string()
-        first = opset13.transpose(opset13.convert(computed, kind), np.array(_CHANNELS_FIRST))
-        found.result.replace(first.output(0))
-        count += 1
-    return count
+    found = _read(mvn)
+    last = opset13.convert(opset13.transpose(found.x, np.array(_CHANNELS_LAST)), "bf16")
+    inputs = [last, opset13.constant(found.scale), opset13.constant(found.shift)]
+    computed = _operation()([each.output(0) for each in inputs], found.groups, found.epsilon, int(found.silu))
+    kind = found.result.element_type.to_string()
+    first = opset13.transpose(opset13.convert(computed, kind), np.array(_CHANNELS_FIRST))
+    found.result.replace(first.output(0))
 
 
 class _GroupNorm(NamedTuple):

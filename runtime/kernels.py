@@ -10,6 +10,7 @@ import ctypes
 import functools
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -56,6 +57,35 @@ def kernels() -> Kernels | None:
     attention.argtypes = [*[ctypes.c_void_p] * 4, *[_INT64] * 5, _FLOAT, _INT]
     group_norm.argtypes = [*[ctypes.c_void_p] * 4, *[_INT64] * 4, _FLOAT, _INT, _INT]
     return Kernels(attention, group_norm, len(os.sched_getaffinity(0)))
+
+
+def replace_each(model: Any, kind: str, replace: Callable[[Any], None]) -> int:
+    """Replace what nodes of one kind are part of, if there are `kernels` to replace it with.
+
+    Parameters
+    ----------
+    model
+        An ``openvino.Model`` of fixed shapes that will be compiled for bf16, changed in place.
+    kind
+        Of nodes, as OpenVINO calls it.
+    replace
+        Does it for one node, or raises OtherGraphError.
+
+    Returns
+    -------
+    int
+        How many were replaced.
+
+    """
+    if kernels() is None:
+        return 0
+    count = 0
+    for node in model.get_ordered_ops():
+        if node.get_type_name() == kind:
+            with suppress(OtherGraphError):
+                replace(node)
+                count += 1
+    return count
 
 
 @functools.cache

@@ -134,7 +134,8 @@ class OpenVinoSession:
         model = self._core.read_model(self._graph)
         model.reshape({spec.name: shape for spec, shape in zip(self._component.inputs, shapes, strict=True)})
         _fix_shapes(model)
-        return model, attention.put_in(model) + group_norm.put_in(model) if self._precision == "bf16" else 0
+        own = attention.put_in(model) + group_norm.put_in(model) if self._precision == "bf16" else 0
+        return model, own
 
     def _options(self) -> dict[str, str]:
         return {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": _NAMES[self._precision]}

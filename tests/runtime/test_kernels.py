@@ -34,6 +34,9 @@ def use(monkeypatch: pytest.MonkeyPatch, found: kernels.Kernels | None) -> None:
     for module in (attention, group_norm):
         module._operation.cache_clear()
         monkeypatch.setattr(module, "kernels", lambda: found)
+    if found is None:
+        monkeypatch.setattr(kernels, "LIBRARY", kernels.LIBRARY.with_name("nowhere"))
+        kernels.kernels.cache_clear()
 
 
 @needs_kernels
