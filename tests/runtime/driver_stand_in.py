@@ -79,6 +79,7 @@ class _Stream:
     broken: bool = False
     queued: int = 0
     done: int = 0
+    at_work: bool = False
 
 
 @dataclass
@@ -237,9 +238,14 @@ class DriverStandIn:
 
     def _run_until(self, stream: int, ticket: int) -> None:
         queue = self._stream(stream)
-        while queue.done < ticket:
-            queue.queue.popleft()()
-            queue.done += 1
+        # The garbage collector may come upon a buffer to free amid a function, which cannot be awaited from there.
+        while queue.done < ticket and not queue.at_work:
+            queue.at_work = True
+            try:
+                queue.queue.popleft()()
+            finally:
+                queue.done += 1
+                queue.at_work = False
 
     def _capturing(self) -> _Stream | None:
         """A capture of this thread's, which forbids it what could wait."""

@@ -58,6 +58,34 @@ def test_stand_in_copies_go_through_a_stream_in_order(device: Device, driver: Dr
         assert first.pointer % 256 == second.pointer % 256 == 0
 
 
+def test_stand_in_garbage_may_be_freed_in_the_middle_of_what_a_stream_does(
+    device: Device, driver: DriverStandIn
+) -> None:
+    done: list[str] = []
+    with Stream(device) as stream:
+        garbage = Buffer(device, 16)
+
+        def collect() -> None:
+            garbage.close()
+            done.append("first")
+
+        driver.enqueue(stream.pointer, collect)
+        driver.enqueue(stream.pointer, lambda: done.append("second"))
+        stream.synchronize()
+        assert done == ["first", "second"]
+        driver.enqueue(stream.pointer, lambda: done.append("third"))
+        stream.synchronize()
+        assert done[2:] == ["third"]
+
+
+def test_stand_in_work_that_fails_is_done_with(device: Device, driver: DriverStandIn) -> None:
+    with Stream(device) as stream:
+        driver.enqueue(stream.pointer, list[None]().pop)
+        with pytest.raises(IndexError, match="empty list"):
+            stream.synchronize()
+        stream.synchronize()
+
+
 def test_stand_in_capture_records_and_a_launch_replays(device: Device, driver: DriverStandIn) -> None:
     done: list[int] = []
     with Stream(device) as stream:
