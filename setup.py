@@ -31,7 +31,10 @@ class PlatformWheel(bdist_wheel):
 
 KERNELS = Extension(
     "sdrt.runtime.sdrt_kernels",
-    [f"src/sdrt/runtime/{name}.c" for name in ("kernels", "attention", "group_norm")],
+    [
+        f"src/sdrt/runtime/{name}.c"
+        for name in ("kernels", "attention", "group_norm", "layer_norm", "product", "program")
+    ],
     depends=["src/sdrt/runtime/kernels.h"],
     # Without its own paths in it, it is the same wherever it is compiled.
     extra_compile_args=["-std=gnu11", "-O2", "-g0"],

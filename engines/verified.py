@@ -46,13 +46,34 @@ def verify_once(bundle: Bundle, component: str, progress: Progress | None = None
     """
     if (owner := weights_owner(component)) is not None:
         verify_once(bundle, owner, progress)
-    note = home() / "verified" / f"{hashlib.sha256(os.fsencode(bundle.folder)).hexdigest()[:32]}.json"
+    note = _note(bundle.folder)
     known = _read(note)
     stamps = {entry.path: _stamp(bundle.path(entry), entry.sha256) for entry in bundle.component(component).files}
     if all(known.get(path) == stamp for path, stamp in stamps.items()):
         return
     bundle.verify_component(component, progress)
     _write(note, stamps)
+
+
+def has_digest(file: Path, sha256: str) -> bool:
+    """Tell whether a file has a SHA-256, and do not look again while it is not changed."""
+    note = _note(file)
+    if _read(note).get(file.name) == _stamp(file, sha256):
+        return True
+    with file.open("rb") as opened:
+        if hashlib.file_digest(opened, "sha256").hexdigest() != sha256:
+            return False
+    remember(file, sha256)
+    return True
+
+
+def remember(file: Path, sha256: str) -> None:
+    """Take a file's SHA-256 for found right."""
+    _write(_note(file), {file.name: _stamp(file, sha256)})
+
+
+def _note(folder: Path) -> Path:
+    return home() / "verified" / f"{hashlib.sha256(os.fsencode(folder)).hexdigest()[:32]}.json"
 
 
 def _stamp(file: Path, sha256: str) -> Stamp:

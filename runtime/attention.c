@@ -37,7 +37,6 @@ typedef struct {
     float scale;
     int64_t groups;     /* parts that the queries of a head are cut into; each is a unit of work */
     atomic_llong taken; /* units */
-    atomic_int threads;
 } job_t;
 
 /* What a thread works in; tiles of right operands one after the other, all else by rows. */
@@ -263,8 +262,8 @@ INLINE void work_in(job_t *job, const space_t *space, const int64_t depth, const
     }
 }
 
-TARGET static void work(void *given, int index) {
-    (void)index;
+TARGET static void work(void *given, int index, int count) {
+    (void)index, (void)count;
     job_t *job = given;
     const int64_t depth = (job->dim + PAIRED - 1) / PAIRED, width = job->dim / TILE + 1;
     const int64_t padded = (job->keys + PAIRED - 1) / PAIRED * PAIRED;
@@ -280,7 +279,7 @@ TARGET static void work(void *given, int index) {
     enum { COUNT = sizeof parts / sizeof *parts };
     int64_t bytes = 0;
     for (int i = 0; i < COUNT; i++) bytes += parts[i].bytes;
-    char *memory = aligned_alloc(64, (size_t)bytes);
+    char *memory = memory_of_thread((size_t)bytes);
     if (!memory) return; /* the others go on */
     char *at = memory;
     for (int i = 0; i < COUNT; at += parts[i++].bytes) *parts[i].part = at;
@@ -290,7 +289,6 @@ TARGET static void work(void *given, int index) {
     else
         work_in(job, &space, depth, width);
     _tile_release();
-    free(memory);
 }
 
 /* o = softmax(scale q k^T) v for each head. q and o are [batch, queries, heads * dim], k and v [batch, keys, heads *
@@ -304,6 +302,6 @@ int sdrt_attention(const uint16_t *q, const uint16_t *k, const uint16_t *v, uint
     int64_t groups = (UNITS_A_THREAD * threads + all - 1) / all;
     if (groups > blocks) groups = blocks;
     job_t job = {q, k, v, o, batch, queries, keys, heads, dim, scale, .groups = groups};
-    run_on_threads(work, &job, threads, &job.threads);
+    run_on_threads(work, &job, threads);
     return atomic_load(&job.taken) ? 0 : -1;
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from typing import Any, NamedTuple
 
-from .kernels import OtherGraphError, given, is_float, kernels, operation_class, replace_each, taken
+from .kernels import Call, OtherGraphError, given, is_float, operation_class, replace_each, taken
 
 
 def put_in(model: Any) -> int:
@@ -79,14 +79,10 @@ def _order(transpose: Any) -> list[int]:
 
 @functools.cache
 def _operation() -> Any:
-    found = kernels()
-    assert found is not None
-    compute, threads = found.attention, found.threads
-
     class SdrtAttention(operation_class()):  # type: ignore[misc]
-        def compute(self, addresses: list[int], shapes: Any) -> int:
+        def call(self, shapes: Any) -> Call:
             heads, scale = self.settings
             (batch, queries, width), keys = shapes[0], shapes[1][1]
-            return compute(*addresses, batch, queries, keys, heads, width // heads, scale, threads)
+            return Call("attention", (batch, queries, keys, heads, width // heads), scale)
 
     return SdrtAttention

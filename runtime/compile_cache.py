@@ -19,18 +19,20 @@ from typing import TYPE_CHECKING
 
 from ..engines import store
 from ..engines.bundle import Bundle
+from ..engines.verified import has_digest, remember
 from ..errors import BundleError, InputError, SdrtWarning
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 LIMIT_VARIABLE = "SDRT_COMPILED_MB"
 """Changes how many megabytes all compilations of all bundles may take; with 0 none is kept."""
-_LIMIT_MB = 500
+_LIMIT_MB = 4000
 
 _BUNDLES = "bundles"
 """Names the file that lists the folders of the bundles that a cache is of."""
 _SCRATCH = ".compiling-"
+_WHOLE = "whole"
 _STALE_S = 24 * 3600
 _DIGEST = 16
 
@@ -94,6 +96,60 @@ class CompileCache:
             except OSError as error:
                 self._give_up(error)
 
+    def file(self, name: str) -> Path | None:
+        """Find the large file that was kept under a name; it is hashed when it has changed, and not at each start."""
+        if not self._usable:
+            return None
+        for blob in self._folder.glob(f"{name}.{_WHOLE}.*.blob"):
+            digest = blob.suffixes[-2][1:]
+            try:
+                if has_digest(blob, digest):
+                    with suppress(OSError):
+                        os.utime(blob)
+                        remember(blob, digest)  # with the new time
+                    return blob
+                warnings.warn(f"{blob} is damaged: it is made anew", SdrtWarning, stacklevel=4)
+                blob.unlink()
+            except OSError:  # another process has replaced it, or nothing can be written there
+                continue
+        return None
+
+    def keep_file(self, name: str, parts: Sequence[bytes | memoryview]) -> None:
+        """Keep a large file under a name, made of some parts."""
+        size = sum(memoryview(part).nbytes for part in parts)
+        if not self._usable or not self._fits(name, size):
+            return
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=self._folder, ignore_cleanup_errors=True) as folder:
+                draft, hashed = Path(folder) / "draft", hashlib.sha256()
+                if shutil.disk_usage(folder).free <= size:
+                    return
+                with draft.open("wb") as file:
+                    for part in parts:
+                        file.write(part)
+                        hashed.update(part)
+                for old in self._folder.glob(f"{name}.{_WHOLE}.*.blob"):
+                    old.unlink(missing_ok=True)
+                kept = self._folder / f"{name}.{_WHOLE}.{hashed.hexdigest()}.blob"
+                draft.replace(kept)
+                remember(kept, hashed.hexdigest())
+                self._note()
+                with suppress(OSError):  # others clean up as well
+                    self._make_room()
+        except OSError as error:
+            self._give_up(error)
+
+    def _fits(self, name: str, size: int) -> bool:
+        if size > self._limit:
+            warnings.warn(
+                f"what was compiled as {name} takes {size / 1e6:.0f} MB, and {LIMIT_VARIABLE} allows "
+                f"{self._limit / 1e6:.0f}, so that it is compiled anew at each start: raise it",
+                SdrtWarning,
+                stacklevel=4,
+            )
+        return size <= self._limit
+
     def _give_up(self, error: OSError) -> None:
         self._usable = False
         warnings.warn(
@@ -127,14 +183,9 @@ class CompileCache:
         """Move what is new in a folder to its place."""
         for blob in folder.glob("*.blob"):
             size = blob.stat().st_size
-            if size > self._limit:
-                warnings.warn(
-                    f"what was compiled as {name} takes {size / 1e6:.0f} MB, and {LIMIT_VARIABLE} allows "
-                    f"{self._limit / 1e6:.0f}, so that it is compiled anew at each start: raise it",
-                    SdrtWarning,
-                    stacklevel=4,
-                )
-            elif (digest := _digest(blob.read_bytes())) not in known and _is_whole(blob, size):
+            if not self._fits(name, size):
+                continue
+            if (digest := _digest(blob.read_bytes())) not in known and _is_whole(blob, size):
                 for old in self._folder.glob(f"{name}.{blob.stem}.*.blob"):
                     old.unlink(missing_ok=True)
                 blob.chmod(0o644)

@@ -23,25 +23,20 @@ typedef struct {
     float epsilon;
     int silu;
     float *sums; /* [threads][rows][2][channels]: of what is beyond the row's first pixel, and of its squares */
-    atomic_int threads, summed, failed;
+    atomic_int summed, failed;
 } job_t;
-
-INLINE __m512 load(const uint16_t *from) {
-    const __m256i halves = _mm256_loadu_si256((const void *)from);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
-}
 
 /* Add up `count` pixels of `vectors` times 16 channels. */
 INLINE void add_strip(const uint16_t *x, const uint16_t *first, int64_t count, int64_t channels, float *sums,
                       const int vectors) {
     __m512 from[STRIP / LANES], sum[STRIP / LANES], squares[STRIP / LANES];
     for (int i = 0; i < vectors; i++) {
-        from[i] = load(first + i * LANES);
+        from[i] = load_bf16(first + i * LANES);
         sum[i] = squares[i] = _mm512_setzero_ps();
     }
     for (int64_t p = 0; p < count; p++, x += channels)
         for (int i = 0; i < vectors; i++) {
-            const __m512 beyond = _mm512_sub_ps(load(x + i * LANES), from[i]);
+            const __m512 beyond = _mm512_sub_ps(load_bf16(x + i * LANES), from[i]);
             sum[i] = _mm512_add_ps(sum[i], beyond);
             squares[i] = _mm512_fmadd_ps(beyond, beyond, squares[i]);
         }
@@ -102,7 +97,7 @@ INLINE void apply(const job_t *job, int64_t row, int64_t begin, int64_t end, con
     uint16_t *y = job->y + at;
     for (int64_t p = begin; p < end; p++, x += job->channels, y += job->channels)
         for (int64_t c = 0; c < job->channels; c += LANES) {
-            __m512 z = _mm512_fmadd_ps(load(x + c), _mm512_loadu_ps(by + c), _mm512_loadu_ps(plus + c));
+            __m512 z = _mm512_fmadd_ps(load_bf16(x + c), _mm512_loadu_ps(by + c), _mm512_loadu_ps(plus + c));
             if (silu) { /* z / (1 + e^-z); the reciprocal is within 2^-14 */
                 const __m512 falling = exp2_of(_mm512_mul_ps(z, _mm512_set1_ps(-(float)M_LOG2E)));
                 z = _mm512_mul_ps(z, _mm512_rcp14_ps(_mm512_add_ps(falling, _mm512_set1_ps(1))));
@@ -111,10 +106,8 @@ INLINE void apply(const job_t *job, int64_t row, int64_t begin, int64_t end, con
         }
 }
 
-TARGET static void work(void *given, int index) {
+TARGET static void work(void *given, int index, int threads) {
     job_t *job = given;
-    int threads;
-    while (!(threads = atomic_load(&job->threads))) sched_yield();
     const int64_t begin = job->pixels * index / threads, end = job->pixels * (index + 1) / threads;
     float *factor = malloc(sizeof(float) * 2 * (size_t)job->channels);
     if (!factor) atomic_store(&job->failed, 1);
@@ -139,10 +132,10 @@ int sdrt_group_norm(const uint16_t *x, const float *scale, const float *shift, u
                     int64_t pixels, int64_t channels, int64_t groups, float epsilon, int silu, int threads) {
     const int64_t worth = rows * pixels * channels / WORTH_A_THREAD + 1;
     if (threads > worth) threads = (int)worth;
-    job_t job = {x, scale, shift, y, rows, pixels, channels, groups, epsilon, silu, NULL, 0, 0, 0};
+    job_t job = {x, scale, shift, y, rows, pixels, channels, groups, epsilon, silu, NULL, 0, 0};
     job.sums = calloc((size_t)(threads * rows * 2 * channels), sizeof *job.sums);
     if (!job.sums) return -1;
-    run_on_threads(work, &job, threads, &job.threads);
+    run_on_threads(work, &job, threads);
     free(job.sums);
     return atomic_load(&job.failed) ? -1 : 0;
 }

@@ -7,17 +7,23 @@ channels side by side. ``group_norm.c`` takes it as it is.
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from .kernels import OtherGraphError, given, is_float, kernels, operation_class, replace_each, taken
+from .kernels import (
+    CHANNELS_FIRST,
+    CHANNELS_LAST,
+    Call,
+    OtherGraphError,
+    given,
+    is_float,
+    operation_class,
+    replace_each,
+    taken,
+)
 
 _LANES = 16  # of channels, in the kernel
-# With fewer numbers the call itself takes longer than OpenVINO does.
-_LEAST_NUMBERS = 1 << 18
-_CHANNELS_LAST, _CHANNELS_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
 
 
 def put_in(model: Any) -> int:
@@ -29,11 +35,11 @@ def _replace(mvn: Any) -> None:
     from openvino import opset13  # noqa: PLC0415 - imported already, by whoever made the model
 
     found = _read(mvn)
-    last = opset13.convert(opset13.transpose(found.x, np.array(_CHANNELS_LAST)), "bf16")
+    last = opset13.convert(opset13.transpose(found.x, np.array(CHANNELS_LAST)), "bf16")
     inputs = [last, opset13.constant(found.scale), opset13.constant(found.shift)]
     computed = _operation()([each.output(0) for each in inputs], found.groups, found.epsilon, int(found.silu))
     kind = found.result.element_type.to_string()
-    first = opset13.transpose(opset13.convert(computed, kind), np.array(_CHANNELS_FIRST))
+    first = opset13.transpose(opset13.convert(computed, kind), np.array(CHANNELS_FIRST))
     found.result.replace(first.output(0))
 
 
@@ -59,7 +65,6 @@ def _read(mvn: Any) -> _GroupNorm:
         len(shape) != 4
         or len(groups) != 3
         or shape[0] != groups[0]
-        or math.prod(shape) < _LEAST_NUMBERS
         or shape[1] % _LANES
         or shape[1] % groups[1]
         or [int(axis) for axis in given(mvn, 1, "Constant").data] not in ([2], [-1])
@@ -110,15 +115,10 @@ def _silu(node: Any) -> Any:
 
 @functools.cache
 def _operation() -> Any:
-    found = kernels()
-    assert found is not None
-    compute, threads = found.group_norm, found.threads
-
     class SdrtGroupNorm(operation_class()):  # type: ignore[misc]
-        def compute(self, addresses: list[int], shapes: Any) -> int:
+        def call(self, shapes: Any) -> Call:
             groups, epsilon, silu = self.settings
             rows, height, width, channels = shapes[0]
-            sizes = (rows, height * width, channels, groups)
-            return compute(*addresses, *sizes, epsilon, silu, threads)
+            return Call("group_norm", (rows, height * width, channels, groups, silu), epsilon)
 
     return SdrtGroupNorm

@@ -20,21 +20,34 @@ if TYPE_CHECKING:
 LIBRARY = Path(__file__).with_name("libsdrt_kernels.so.1")
 """What the installation compiles."""
 
+CHANNELS_LAST, CHANNELS_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
+"""Orders of axes, from an array of [batch, channels, height, width] and back."""
+
 _INT64, _FLOAT, _INT = ctypes.c_int64, ctypes.c_float, ctypes.c_int
 
 
 class Kernels(NamedTuple):
     """Compiled functions, and how many threads they are to use.
 
-    Both return 0, or -1 for want of memory. Arrays are given by their addresses, and are of bf16 but for scale and
-    shift, which are float32.
+    They return 0, or -1 for want of memory. Arrays are given by their addresses, and are of bf16 but for scale, shift
+    and bias, which are float32.
 
     ``attention``: q, k, v and the output; batch, queries, keys, heads, numbers in a head; scale, threads.
     ``group_norm``: input, scale, shift, output; rows, pixels, channels, groups; epsilon, whether with SiLU, threads.
+    ``layer_norm``: input, scale, shift, output; rows, channels; epsilon, threads.
+    ``product``: input, packed weights, bias, residual or None, output; batch, height, width, channels, outputs, side
+    of the offsets, how to resize, rows of the bias; whether gated, threads.
+    ``pack``: weights in float32, where to; channels, outputs, offsets; how far apart outputs, channels and offsets are;
+    the first column, and the columns from one to the next; threads.
+    ``run``: `STEP`s, their count, arena, other addresses, threads.
     """
 
     attention: Callable[..., int]
     group_norm: Callable[..., int]
+    layer_norm: Callable[..., int]
+    product: Callable[..., int]
+    pack: Callable[..., int]
+    run: Callable[..., int]
     threads: int
 
 
@@ -53,10 +66,19 @@ def kernels() -> Kernels | None:
         return None
     if library.sdrt_prepare():
         return None
-    attention, group_norm = library.sdrt_attention, library.sdrt_group_norm
-    attention.argtypes = [*[ctypes.c_void_p] * 4, *[_INT64] * 5, _FLOAT, _INT]
-    group_norm.argtypes = [*[ctypes.c_void_p] * 4, *[_INT64] * 4, _FLOAT, _INT, _INT]
-    return Kernels(attention, group_norm, len(os.sched_getaffinity(0)))
+    pointers = [ctypes.c_void_p]
+    signatures = {
+        "attention": [*pointers * 4, *[_INT64] * 5, _FLOAT, _INT],
+        "group_norm": [*pointers * 4, *[_INT64] * 4, _FLOAT, _INT, _INT],
+        "layer_norm": [*pointers * 4, *[_INT64] * 2, _FLOAT, _INT],
+        "product": [*pointers * 5, *[_INT64] * 8, _INT, _INT],
+        "pack": [*pointers * 2, *[_INT64] * 8, _INT],
+        "run": [*pointers, _INT64, *pointers * 2, _INT],
+    }
+    for name, arguments in signatures.items():
+        getattr(library, f"sdrt_{name}").argtypes = arguments
+    functions = {name: getattr(library, f"sdrt_{name}") for name in signatures}
+    return Kernels(threads=len(os.sched_getaffinity(0)), **functions)
 
 
 def replace_each(model: Any, kind: str, replace: Callable[[Any], None]) -> int:
@@ -88,19 +110,28 @@ def replace_each(model: Any, kind: str, replace: Callable[[Any], None]) -> int:
     return count
 
 
+class Call(NamedTuple):
+    """What a kernel is called with besides arrays: its name, numbers, and the one number that is no integer."""
+
+    kernel: str
+    numbers: tuple[int, ...]
+    value: float = 0.0
+
+
 @functools.cache
 def operation_class() -> Any:
-    """Give the class of operations that call a kernel, for which OpenVINO has to be there.
+    """Give the class of operations that stand for the call of a kernel, for which OpenVINO has to be there.
 
-    Its classes are made of their inputs and of numbers, `settings`. Their output has the first input's type and shape;
-    ``compute`` gets the addresses of the inputs and of the output, and the shapes of the inputs.
+    Its classes are made of their inputs and of numbers, `settings`. Their output has the first input's type and shape
+    unless they say otherwise; ``call`` gives the `Call` for the shapes of the inputs. A graph cannot be run before
+    `.program.contract` has made programs of them.
     """
     from openvino import Op  # noqa: PLC0415 - imported already, by whoever made the model
 
     class KernelOperation(Op):  # type: ignore[misc]
         def __init__(self, inputs: Any = None, *settings: float) -> None:
+            self.settings = settings  # which its shape may depend on
             super().__init__(self, inputs)
-            self.settings = settings
 
         def validate_and_infer_types(self) -> None:
             self.set_output_type(0, self.get_input_element_type(0), self.get_input_partial_shape(0))
@@ -111,14 +142,6 @@ def operation_class() -> Any:
         def visit_attributes(self, visitor: Any) -> bool:
             visitor.on_attributes({f"setting_{index}": value for index, value in enumerate(self.settings)})
             return True
-
-        def has_evaluate(self) -> bool:
-            return True
-
-        def evaluate(self, outputs: Any, inputs: Any) -> bool:
-            addresses = [tensor.data.ctypes.data for tensor in (*inputs, outputs[0])]
-            # Other threads of Python's go on meanwhile.
-            return bool(self.compute(addresses, [tensor.shape for tensor in inputs]) == 0)
 
     return KernelOperation
 
@@ -133,7 +156,7 @@ def given(node: Any, index: int, kind: str) -> Any:
 
     """
     found = node.input_value(index).get_node()
-    while found.get_type_name() == "Convert":
+    while rounds(found):
         found = found.input_value(0).get_node()
     if found.get_type_name() != kind:
         raise OtherGraphError
@@ -153,11 +176,19 @@ def taken(node: Any, kind: str) -> Any:
     if len(targets) != 1 or targets[0].get_index() != 0:
         raise OtherGraphError
     found = targets[0].get_node()
-    if found.get_type_name() == "Convert":
+    if rounds(found):
         return taken(found, kind)
     if found.get_type_name() != kind:
         raise OtherGraphError
     return found
+
+
+def rounds(node: Any) -> bool:
+    """Tell whether a node does nothing but change the precision of floating-point numbers."""
+    if node.get_type_name() != "Convert":
+        return False
+    kinds = {output.element_type.to_string() for output in (node.input_value(0), node.output(0))}
+    return kinds <= {"f32", "f16", "bf16"}
 
 
 def is_float(*outputs: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Pages of files that a library has mapped into this process and has done with."""
+"""Pages of mapped files: those that a library has done with, and those that are needed again and again."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import ctypes
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from numpy.typing import NDArray
+
 _MAPS = Path("/proc/self/maps")
 _LINE = re.compile(rb"([0-9a-f]+)-([0-9a-f]+) r--[sp] [0-9a-f]+ [0-9a-f:]+ [0-9]+ +(.*)\n")
 _MADV_DONTNEED = 4  # in Linux on every architecture but alpha
+_MLOCK_ONFAULT = 1
 
 
 def let_go_of_pages(file: Path) -> None:
@@ -27,6 +30,15 @@ def let_go_of_pages(file: Path) -> None:
     libc = ctypes.CDLL(None)
     for begin, end in _mappings(os.fsencode(os.path.realpath(file))):
         libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_DONTNEED)
+
+
+def hold_pages(array: NDArray[Any]) -> None:
+    """Keep the pages of a mapped file in memory once they have been read, as far as the system allows this process to.
+
+    Else it may drop those of a program that waits for its next request, and read them anew at the cost of seconds.
+    """
+    if _MAPS.exists() and (lock := getattr(ctypes.CDLL(None), "mlock2", None)) is not None:
+        lock(ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes), _MLOCK_ONFAULT)
 
 
 def _mappings(path: bytes) -> Iterator[tuple[int, int]]:

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 
 from ..errors import BackendError, MissingDependencyError, SdrtWarning
-from . import attention, group_norm
+from . import attention, own_operations
 from .common_rows import compute_once
 from .mapped_pages import let_go_of_pages
+from .packed_weights import PackedWeights
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from ..engines.manifest import Component
     from .compile_cache import CompileCache
+    from .program import Program
 
 Precision = Literal["bf16", "fp32"]
 
@@ -87,6 +89,7 @@ class OpenVinoSession:
         self._graph, self._weights, self._component = graph, weights, component
         self._precision: Precision = precision
         self._cache = cache
+        self._packed = PackedWeights(cache, component.name)
         self._lock = threading.Lock()
         self._compiled = functools.lru_cache(_KEPT)(self._compile)
 
@@ -101,24 +104,30 @@ class OpenVinoSession:
             OpenVINO does not take the graph, or not with these shapes.
 
         """
+        outputs = tuple(spec.name for spec in self._component.outputs if spec.name in shapes)
         with self._lock:
-            compiled = self._compiled(tuple(shapes[spec.name] for spec in self._component.inputs), in_pairs)
-        return OpenVinoBinding(compiled, self._component, shapes)
+            compiled, programs = self._compiled(
+                tuple(shapes[spec.name] for spec in self._component.inputs), outputs, in_pairs
+            )
+        return OpenVinoBinding(compiled, programs, self._component, shapes)
 
-    def _compile(self, shapes: _Shapes, in_pairs: bool) -> Any:
-        """Compile the graph for the shapes of its inputs, or take what was compiled before."""
+    def _compile(self, shapes: _Shapes, outputs: tuple[str, ...], in_pairs: bool) -> tuple[Any, list[Program]]:
+        """Compile the graph for the shapes of its inputs and the outputs that are wanted, or take what was compiled."""
         # Blobs of both precisions would have one name, and bf16 from one of fp32 gives NaN: the name tells them apart.
         sizes = ("x".join(map(str, shape)) for shape in shapes)
-        name = "-".join((self._component.name, self._precision, *(["pairs"] if in_pairs else []), *sizes))
+        some = [] if len(outputs) == len(self._component.outputs) else outputs
+        name = "-".join((self._component.name, self._precision, *some, *(["pairs"] if in_pairs else []), *sizes))
         try:
-            model, own = self._read(shapes)
+            model = self._read(shapes, outputs)
             if in_pairs:
                 try:
                     compute_once(model)
                 except RuntimeError:  # a graph of somebody else's export
-                    model, own = self._read(shapes)
-            if own:
+                    model = self._read(shapes, outputs)
+            programs = own_operations.put_in(model, self._packed) if self._precision == "bf16" else []
+            if programs:
                 compiled = self._compile_with_kernels(model)
+                self._packed.keep()
             else:
                 with self._cache.entry(name) as folder:
                     compiled = self._compile_with(model, folder)
@@ -126,16 +135,19 @@ class OpenVinoSession:
             raise BackendError(f"openvino does not compile {self._graph}: {_last_line(error)}") from error
         if self._weights is not None:
             let_go_of_pages(self._weights)  # what is compiled has its own, in the layout of its instructions
-        return compiled
+        return compiled, programs
 
-    def _read(self, shapes: _Shapes) -> tuple[Any, int]:
-        """Read the graph and tell how many operations of our own are in it."""
+    def _read(self, shapes: _Shapes, outputs: tuple[str, ...]) -> Any:
         # The weights stay in their file, of which pages are read as they are needed.
         model = self._core.read_model(self._graph)
         model.reshape({spec.name: shape for spec, shape in zip(self._component.inputs, shapes, strict=True)})
+        for result in model.get_results():
+            if not result.output(0).names & set(outputs):
+                model.remove_result(result)  # which is not for nothing: it would be put in another order
         _fix_shapes(model)
-        own = attention.put_in(model) + group_norm.put_in(model) if self._precision == "bf16" else 0
-        return model, own
+        if self._precision == "bf16":
+            attention.put_in(model)  # before `compute_once`, which would come between its parts
+        return model
 
     def _options(self) -> dict[str, str]:
         return {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": _NAMES[self._precision]}
@@ -173,6 +185,7 @@ class OpenVinoSession:
     def close(self) -> None:
         """Free the weights."""
         self._compiled.cache_clear()
+        self._packed.clear()
 
     def __enter__(self) -> Self:
         return self
@@ -184,11 +197,13 @@ class OpenVinoSession:
 class OpenVinoBinding:
     """Buffers in host memory that OpenVINO reads and writes in place, and a request of their own to compute with."""
 
-    def __init__(self, compiled: Any, component: Component, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(
+        self, compiled: Any, programs: list[Program], component: Component, shapes: Mapping[str, tuple[int, ...]]
+    ) -> None:
         import openvino  # noqa: PLC0415 - imported already
 
         self._name = component.name
-        self._compiled = compiled
+        self._compiled, self._programs = compiled, programs
         self._request = compiled.create_infer_request()
         self.inputs: Mapping[str, NDArray[Any]] = {
             spec.name: np.zeros(shapes[spec.name], spec.dtype) for spec in component.inputs
@@ -214,8 +229,10 @@ class OpenVinoBinding:
         try:
             # On a thread of OpenVINO's, for what a signal's handler raises comes up in the main thread's next line of
             # Python, and that would be within an operation of ours.
-            self._request.start_async()
-            self._request.wait()
+            try:
+                self._request.start_async()
+            finally:
+                self._request.wait()  # even if a handler has raised something: its buffers are in use until then
         except (RuntimeError, MemoryError) as error:
             raise BackendError(f"{self._name} failed in openvino: {_last_line(error)}") from error
 
@@ -223,6 +240,8 @@ class OpenVinoBinding:
         """Free the activations, which all bindings of these shapes share, unless one of them runs just now."""
         with suppress(RuntimeError):
             self._compiled.release_memory()
+        for program in self._programs:
+            program.trim()
 
 
 def _fix_shapes(model: Any) -> None:

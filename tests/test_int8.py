@@ -140,7 +140,7 @@ def test_what_both_rows_of_a_guided_step_have_in_common_is_computed_once(int8: B
     )
     with backends._openvino_session(int8, "unet", "fp32", CompileCache(int8, "openvino")) as session:
         assert isinstance(session, OpenVinoSession)
-        model, _ = session._read(given)
+        model = session._read(given, ("prediction",))
     assert compute_once(model)
     rows = {node.get_output_shape(0)[0] for node in model.get_ordered_ops() if node.get_type_name() == "Convolution"}
     assert rows == {1, 2}

@@ -87,7 +87,8 @@ def test_sdist_holds_each_file_once_and_no_links(distributions: Distributions) -
     names = {str(PurePosixPath(*PurePosixPath(member.name).parts[1:])) for member in members if member.isreg()}
     assert {f"src/{name}" for name in expected_modules()} <= names
     assert {"LICENSE", "README.md", "pyproject.toml", "src/sdrt/export/vocabulary/merges.txt.gz"} <= names
-    assert {"setup.py", "src/sdrt/runtime/attention.c", "src/sdrt/runtime/kernels.h"} <= names
+    sources = {f"src/sdrt/runtime/{file.name}" for file in (ROOT / "runtime").glob("*.[ch]")}
+    assert {"setup.py", "src/sdrt/runtime/attention.c", "src/sdrt/runtime/kernels.h"} <= {"setup.py", *sources} <= names
     assert {name.split("/")[0] for name in names if "/" in name} == {"src"}, "no second copy, no tests, no bench"
 
 

@@ -11,7 +11,7 @@ from sdrt.engines.bundle import Bundle
 from sdrt.runtime import attention
 from sdrt.runtime.kernels import kernels
 
-from .kernel_checks import NOT_WRITTEN, bf16, fp32, kinds, needs_kernels, openvino, read, tokens
+from .kernel_checks import NOT_WRITTEN, bf16, error, fp32, kinds, needs_kernels, openvino, read, tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,10 +45,6 @@ def expected(q: Array, k: Array, v: Array, heads: int, scale: float) -> Array:
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     mean: Array = (weights / weights.sum(-1, keepdims=True)) @ split(v)
     return mean.transpose(0, 2, 1, 3).reshape(q.shape)
-
-
-def error(found: Array, right: Array) -> float:
-    return float(np.linalg.norm(fp32(found) - right) / np.linalg.norm(right))
 
 
 @needs_kernels

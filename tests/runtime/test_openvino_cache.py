@@ -44,7 +44,9 @@ def decode(bundle: Bundle, cache: CompileCache | None = None) -> tuple[bool, np.
         binding = session.bind({"latents": LATENTS.shape, "image": (1, 3, 64, 64)})
         binding.inputs["latents"][...] = LATENTS
         binding.run()
-        return session._compiled((LATENTS.shape,), False).get_property("LOADED_FROM_CACHE"), binding.outputs["image"]
+        return session._compiled((LATENTS.shape,), ("image",), False)[0].get_property(
+            "LOADED_FROM_CACHE"
+        ), binding.outputs["image"]
 
 
 def blobs() -> list[Path]:
