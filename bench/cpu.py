@@ -65,7 +65,7 @@ def _growth(axis: str, *more: str) -> Row:
 
 #: In the order of what matters, should somebody stop it.
 ROWS: Final[dict[str, Row]] = {
-    "step openvino": _bench("openvino", "step", "--rounds", "3", "--launches", "3", "--compare", COMPARE_STEP),
+    "step openvino": _bench("openvino", "step", "--rounds", "2", "--launches", "2", "--compare", COMPARE_STEP),
     "step openvino:fp32": _bench("openvino:fp32", "step", "--compare", "openvino-raw-fp32,diffusers"),
     "step onnxruntime": _bench("onnxruntime", "step", "--compare", "onnxruntime-raw"),
     "start openvino": _bench("openvino", "start", "--steps", "2"),

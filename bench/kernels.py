@@ -8,27 +8,16 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import numpy as np
 
 from sdrt.engines.bundle import Bundle
 from sdrt.engines.manifest import DimRange
-from sdrt.runtime import attention, backends, group_norm
+from sdrt.runtime import backends, kernels
 from sdrt.runtime.compile_cache import CompileCache
-from sdrt.runtime.kernels import kernels
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from types import ModuleType
-
-CONTENDERS: dict[str, tuple[ModuleType, ...]] = {
-    "OpenVINO's own": (attention, group_norm),
-    "with the attention": (group_norm,),
-    "with both": (),
-}
-"""What is left out."""
+OWN, THEIRS = "with the kernels", "OpenVINO's own"
 
 
 def main() -> None:
@@ -39,7 +28,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6, help="[default: 6]")
     parser.add_argument("--pause", type=float, default=0, help="seconds of standing still before each [default: 0]")
     given = parser.parse_args()
-    if kernels() is None:
+    if kernels.kernels() is None:
         parser.error("the kernels are not compiled, or this CPU has no AMX: sdrt doctor tells")
     bundle = Bundle.open(given.bundle)
     sizes = {"batch": 2, "height": given.size // 8, "width": given.size // 8}
@@ -53,14 +42,11 @@ def main() -> None:
     values["latents"][1] = values["latents"][0]
     values["timestep"][:] = 501
     bindings = {}
-    for name, without in {"fp32": (), **CONTENDERS}.items():
+    for name, precision, found in (("fp32", "fp32", None), (THEIRS, "bf16", None), (OWN, "bf16", kernels.kernels())):
         session = backends._openvino_session(  # noqa: SLF001 - one component, and no pipeline around it
-            bundle, "unet", "fp32" if name == "fp32" else "bf16", CompileCache(bundle, "openvino")
+            bundle, "unet", precision, CompileCache(bundle, "openvino")
         )
-        with (
-            patch.object(attention, "put_in", _keep(attention, without)),
-            patch.object(group_norm, "put_in", _keep(group_norm, without)),
-        ):
+        with patch.object(kernels, "kernels", lambda found=found: found):
             began = time.perf_counter()
             bindings[name] = session.bind(shapes, in_pairs=True)
             print(f"{name}: loaded in {time.perf_counter() - began:.2f} s", flush=True)
@@ -75,16 +61,11 @@ def main() -> None:
             began = time.perf_counter()
             binding.run()
             seconds[name].append(time.perf_counter() - began)
-    first = statistics.median(seconds["OpenVINO's own"])
+    first = statistics.median(seconds[THEIRS])
     for name, binding in bindings.items():
         middle = statistics.median(seconds[name])
         error = np.linalg.norm(binding.outputs["prediction"] - exact) / np.linalg.norm(exact)
         print(f"{name}: {middle:.3f} s, {middle / first:.2f} of OpenVINO's own; {100 * error:.2f}% from fp32")
-
-
-def _keep(module: ModuleType, without: tuple[ModuleType, ...]) -> Callable[[Any], int]:
-    found: Callable[[Any], int] = module.put_in
-    return (lambda _: 0) if module in without else found
 
 
 if __name__ == "__main__":

@@ -167,6 +167,9 @@ class _Group:
 
     def _take_turn(self, name: str, part: str, turn: int) -> None:
         try:
+            if part == "step" and name != FLOOR:
+                # Who has stood still during the others' turns is slower at first, and steps follow upon each other.
+                self._workers[name].turn(part, turn)
             self._records[name].turns[part].append(self._workers[name].turn(part, turn))
         except WorkerError as error:
             self._give_up(name, error)
