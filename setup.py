@@ -33,7 +33,7 @@ KERNELS = Extension(
     "sdrt.runtime.sdrt_kernels",
     [
         f"src/sdrt/runtime/{name}.c"
-        for name in ("kernels", "attention", "group_norm", "layer_norm", "product", "program")
+        for name in ("kernels", "attention", "group_norm", "layer_norm", "pack", "product", "program")
     ],
     depends=["src/sdrt/runtime/kernels.h"],
     # Without its own paths in it, it is the same wherever it is compiled.

@@ -13,7 +13,6 @@
 #include "kernels.h"
 
 #include <math.h>
-#include <stdlib.h>
 #include <string.h>
 
 enum {
@@ -47,16 +46,6 @@ typedef struct {
     uint16_t *weights;       /* [QUERIES][KEYS] */
     float *sums;             /* [QUERIES][width * 16], the sum of the weights behind those of the values */
 } space_t;
-
-TARGET static void configure_tiles(void) {
-    struct {
-        uint8_t palette, start, reserved[14];
-        uint16_t row_bytes[16];
-        uint8_t rows[16];
-    } shape = {.palette = 1};
-    for (int i = 0; i < 8; i++) shape.row_bytes[i] = PAIRED * 2, shape.rows[i] = TILE;
-    _tile_loadconfig(&shape);
-}
 
 /* A mask of the first of 16, as many as there are. */
 INLINE __mmask16 first_of(int64_t there) {

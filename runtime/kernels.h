@@ -20,6 +20,17 @@ void run_on_threads(void (*work)(void *job, int index, int count), void *job, in
  * none. */
 void *memory_of_thread(size_t bytes);
 
+/* Make all eight tiles of 16 rows of 64 bytes. */
+INLINE void configure_tiles(void) {
+    struct {
+        uint8_t palette, start, reserved[14];
+        uint16_t row_bytes[16];
+        uint8_t rows[16];
+    } shape = {.palette = 1};
+    for (int i = 0; i < 8; i++) shape.row_bytes[i] = 64, shape.rows[i] = 16;
+    _tile_loadconfig(&shape);
+}
+
 /* 16 numbers of bf16. */
 INLINE __m512 load_bf16(const uint16_t *from) {
     const __m256i halves = _mm256_loadu_si256((const void *)from);
